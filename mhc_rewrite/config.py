@@ -1,0 +1,110 @@
+"""The options of a conversion: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.errors import ConfigError
+
+VERSION = 1
+INITS = ("preserve", "paper")
+COLLAPSES = ("mean", "sum")
+MAX_STREAMS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MHCConfig:
+    """How residual streams are rewritten.
+
+    Attributes:
+        n_streams: expansion rate n, an int from 1 to 16. 1 leaves the model as it is.
+        init: `"preserve"` (the converted model computes the original function) or `"paper"` (arXiv:2512.24880).
+        connection: how H_pre, H_post and H_res are made: a name in `mhc_rewrite.connections.CONNECTIONS`.
+        sinkhorn_iterations: column and row normalisations of H_res, an int >= 1; the paper uses 20 [9].
+        collapse: how n streams become one at the exit: `"mean"`, or `"sum"` with `init="paper"` only.
+        include: patterns (`fnmatch`) over site names and the modules that hold them; empty means every site.
+        exclude: patterns of sites to leave as plain residual adds.
+        min_sites: streams with fewer sites are left alone, an int >= 1.
+        eps_norm: epsilon under the root of the RMS norm [14, 15].
+
+    Raises:
+        ConfigError: a value is out of range, or two options contradict each other.
+    """
+
+    n_streams: int = 4
+    init: str = "preserve"
+    connection: str = "mhc"
+    sinkhorn_iterations: int = 20
+    collapse: str = "mean"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_sites: int = 2
+    eps_norm: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in ("include", "exclude"):
+            value = getattr(self, field)
+            patterns = (value,) if isinstance(value, str) else tuple(value)
+            if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+                raise ConfigError(f"{field} takes name patterns such as 'layers.3.*', not {value!r}.")
+            object.__setattr__(self, field, patterns)
+        self._check_int("n_streams", 1, MAX_STREAMS)
+        self._check_int("sinkhorn_iterations", 1, None)
+        self._check_int("min_sites", 1, None)
+        self._check_choice("init", INITS)
+        self._check_choice("collapse", COLLAPSES)
+        self._check_choice("connection", tuple(CONNECTIONS))
+        if not isinstance(self.eps_norm, (int, float)) or isinstance(self.eps_norm, bool) or not self.eps_norm > 0:
+            raise ConfigError(f"eps_norm must be a positive number, not {self.eps_norm!r}.")
+        if self.collapse == "sum" and self.init == "preserve":
+            raise ConfigError(
+                "collapse='sum' multiplies the output by n_streams, so it contradicts init='preserve'. "
+                "Use collapse='mean', or init='paper'."
+            )
+        if both := sorted(set(self.include) & set(self.exclude)):
+            raise ConfigError(f"{both[0]!r} is both included and excluded. Leave it in one of the two.")
+
+    def _check_int(self, field: str, low: int, high: int | None) -> None:
+        value = getattr(self, field)
+        in_range = isinstance(value, int) and not isinstance(value, bool) and low <= value
+        if not in_range or (high is not None and value > high):
+            bounds = f"from {low} to {high}" if high is not None else f"of at least {low}"
+            raise ConfigError(f"{field} must be an int {bounds}, not {value!r}.")
+
+    def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in choices:
+            raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain, JSON-ready data, with a `version`."""
+        fields = dataclasses.asdict(self)
+        return {"version": VERSION, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MHCConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: another version, or unknown fields.
+        """
+        fields = dict(data)
+        version = fields.pop("version", None)
+        if version != VERSION:
+            raise ConfigError(f"This is version {version!r} of the options; version {VERSION} is understood.")
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> MHCConfig:
+        """A config from keyword fields.
+
+        Raises:
+            ConfigError: a name is not a field; the message lists those that are.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ConfigError(f"Unknown option {unknown[0]!r}. The options are: {', '.join(known)}.")
+        return cls(**fields)

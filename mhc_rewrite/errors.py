@@ -1,0 +1,42 @@
+"""What can go wrong, as exceptions that tell a person where and what to do.
+
+Every message names the module, the line of the user's source where there is one, what was expected and the way out.
+"""
+
+from __future__ import annotations
+
+
+class MHCError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(MHCError, ValueError):
+    """An option has a value that cannot be used, or two options contradict each other."""
+
+
+class ExampleInputsError(MHCError, TypeError):
+    """Example inputs are missing and cannot be derived, or the model does not accept them."""
+
+
+class NoResidualError(MHCError):
+    """No residual stream was found, or the filters and `min_sites` left none."""
+
+
+class AlreadyConvertedError(MHCError):
+    """The model was converted before, or has hyper-connections of its own."""
+
+
+class UnsupportedModelError(MHCError):
+    """The model, its width or its dtype cannot be converted."""
+
+
+class CaptureError(MHCError):
+    """A forward could not be captured as a graph."""
+
+
+class UnseenCallError(MHCError):
+    """A converted module was called under `torch.compile` in a way that no eager call has shown it yet."""
+
+
+class StreamError(MHCError):
+    """At run time a residual stream did not flow as it did when the model was converted."""

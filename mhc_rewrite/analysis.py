@@ -1,0 +1,352 @@
+"""From a model and an example to a plan: record, choose carriers, capture, find, link, name, filter. Changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_rewrite.capture.call import flatten
+from mhc_rewrite.capture.record import ModuleCall, Recording, record
+from mhc_rewrite.capture.state import undisturbed
+from mhc_rewrite.capture.trace import ModuleGraph, trace
+from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, MHCError, NoResidualError, UnsupportedModelError
+from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
+from mhc_rewrite.passes.expand_streams import SiteTarget
+from mhc_rewrite.passes.find_carriers import find_carriers
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, find_residuals, mixes
+from mhc_rewrite.passes.link_streams import LinkedStream, SiteRef, link_streams, site_ref
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(eq=False)
+class Capture:
+    """One forward of a carrier as captured, and what was found in it."""
+
+    call: ModuleCall
+    training: bool
+    graph: ModuleGraph
+    residuals: Residuals
+
+
+@dataclass
+class CarrierWiring:
+    """What installing needs to know of one carrier.
+
+    Attributes:
+        inlined: names of the modules captured as part of it.
+        targets: adds to rewrite, by key.
+        entries: leaf path -> (rank of the trunk, stream number): where streams may come in.
+        leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
+    """
+
+    inlined: set[str] = field(default_factory=set)
+    targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
+    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
+    leaves: dict[int, list[bool]] = field(default_factory=dict)
+
+
+@dataclass
+class Analysis:
+    """A plan, and what carrying it out needs.
+
+    Attributes:
+        plan: the plan.
+        carriers: wiring by carrier name.
+        captures: the captured forwards.
+        readers: stream number -> modules that read the mean of its trunk in the middle.
+        results: what the model returned on the example, per mode.
+    """
+
+    plan: RewritePlan
+    carriers: dict[str, CarrierWiring]
+    captures: list[Capture]
+    readers: dict[int, set[str]]
+    results: dict[bool, Any]
+
+
+@dataclass
+class _Mode:
+    """One run of the model, in training or evaluation mode."""
+
+    training: bool
+    recording: Recording
+    captures: list[Capture]
+    streams: list[LinkedStream]
+    rejections: list[Rejection]
+    inlined: dict[str, set[str]]
+    result: Any
+
+
+def analyse(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: MHCConfig,
+    filter_fn: Callable[[ResidualSite], bool] | None,
+) -> Analysis:
+    """Runs the model on the example in both modes and plans the conversion.
+
+    Raises:
+        ExampleInputsError: the model does not take the example.
+        CaptureError: a module with residual adds can't be captured.
+        NoResidualError: nothing to convert.
+        ConfigError: a pattern matches nothing.
+        UnsupportedModelError: a trunk whose dtype has no streams.
+    """
+    notes: list[str] = []
+    modes = [_run_mode(model, args, kwargs, config, training=False)]
+    try:
+        modes.append(_run_mode(model, args, kwargs, config, training=True))
+    except CaptureError:
+        raise
+    except Exception as error:
+        if isinstance(error, MHCError) and not isinstance(error, ExampleInputsError):
+            raise
+        why = str(error.__cause__ or error).splitlines()[0]
+        notes.append(f"The example can't be run in training mode ({why}); that variant is captured at its first call.")
+    rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
+    sites = _name_sites(model, modes)
+    _check_patterns(config, sites.values(), modes)
+    chains = _agreed_chains(modes)
+    streams: list[ResidualStream] = []
+    kept: list[tuple[SiteRef, ...]] = []
+    readers: dict[int, set[str]] = {}
+    for chain, linked in chains:
+        chosen = [replace(sites[ref], excluded=not _wanted(sites[ref], config, filter_fn)) for ref in chain]
+        included = [i for i, site in enumerate(chosen) if not site.excluded]
+        distinct = {chosen[i].name for i in included}
+        if len(included) < config.min_sites:
+            rejections.append(_too_short(chosen, len(distinct), config))
+            continue
+        part = slice(included[0], included[-1] + 1)
+        number = len(streams)
+        kept.append(chain[part])
+        streams.append(_stream(tuple(chosen[part]), linked))
+        readers[number] = linked.readers
+    plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(dict.fromkeys(rejections)), tuple(notes))
+    if not streams:
+        raise NoResidualError(_nothing_found(model, plan, sites.values()))
+    _check_dtypes(plan)
+    captures = [capture for mode in modes for capture in mode.captures]
+    carriers = _wire(modes, streams, kept, captures)
+    return Analysis(plan, carriers, captures, readers, {mode.training: mode.result for mode in modes})
+
+
+def _run_mode(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig, training: bool
+) -> _Mode:
+    with undisturbed(model):
+        model.train(training)
+        try:
+            recording, result = record(model, args, kwargs)
+        except Exception as error:
+            given = ", ".join([type(a).__name__ for a in args] + [f"{k}={type(v).__name__}" for k, v in kwargs.items()])
+            raise ExampleInputsError(
+                f"{type(model).__name__} can't be called with the example inputs ({given}): "
+                f"{type(error).__name__}: {error}. Pass example_inputs as a dict of keyword arguments, or a tuple of "
+                f"positional ones, that {type(model).__name__}.forward accepts."
+            ) from error
+    chosen, rejections = find_carriers(recording, config.min_sites)
+    inlined = {recording.calls[c.call].name: set() for c in chosen}  # type: ignore[var-annotated]
+    for carrier in chosen:
+        inlined[recording.calls[carrier.call].name] |= carrier.inlined
+    seen: dict[tuple[str, Any], tuple[ModuleGraph, Residuals]] = {}
+    captures = []
+    for carrier in chosen:
+        call = recording.calls[carrier.call]
+        key = (call.name, flatten(call.bound)[0])
+        if key not in seen:
+            try:
+                seen[key] = capture_forward(call.module, call.name, call.bound, inlined[call.name], model, training)
+            except CaptureError as error:
+                if not _matches_module(call.name, config.exclude):
+                    raise
+                rejections.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {error}"))
+                continue
+            rejections += seen[key][1].rejections
+        captures.append(Capture(call, training, *seen[key]))
+    streams, ends = link_streams(recording, [(capture.call, capture.residuals) for capture in captures])
+    return _Mode(training, recording, captures, streams, rejections + ends, inlined, result)
+
+
+def capture_forward(
+    module: nn.Module, name: str, bound: dict[str, Any], inlined: set[str], model: nn.Module | None, training: bool,
+    forward: Callable[..., Any] | None = None,
+) -> tuple[ModuleGraph, Residuals]:  # fmt: skip
+    """Captures a carrier's forward on bound arguments and finds its residual adds.
+
+    Args:
+        module: the carrier, `name` its name in the model.
+        bound: arguments by name.
+        inlined: names of modules captured with it, in `model` or, without one, relative to the carrier.
+        training: mode to run it in; `module` is put back as it was.
+        forward: its original forward; by default its class's.
+    """
+    root = model if model is not None else module
+    with undisturbed(module):
+        if model is not None:
+            module.train(training)
+        parts = {root.get_submodule(part) for part in inlined}
+        graph = trace(module, name, forward or type(module).forward, bound, parts)
+        return graph, find_residuals(graph, module)
+
+
+# -- naming and choosing ---------------------------------------------------------------------------------------------
+
+
+def _name_sites(model: nn.Module, modes: list[_Mode]) -> dict[SiteRef, ResidualSite]:
+    """All sites by reference, in execution order; `mhc_<k>` counts within the module that holds the add."""
+    sites: dict[SiteRef, ResidualSite] = {}
+    counts: dict[str, int] = defaultdict(int)
+    for mode in modes:
+        for capture in mode.captures:
+            order = {node: index for index, node in enumerate(capture.graph.graph.nodes)}
+            found = [site for trunk in capture.residuals.trunks for site in trunk.sites]
+            for site in sorted(found, key=lambda site: order[site.add]):
+                ref = site_ref(capture.call, site)
+                if ref not in sites:
+                    name = ".".join(filter(None, (ref.holder, f"mhc_{counts[ref.holder]}")))
+                    counts[ref.holder] += 1
+                    sites[ref] = _describe(name, ref, site)
+    return sites
+
+
+def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
+    mixing = [node for node in site.add.graph.nodes if node in site.region and mixes(node)]
+    shape = site.read.meta["shape"]
+    return ResidualSite(
+        name=name, holder=ref.holder, carrier=ref.carrier,
+        branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
+        width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(site.read.meta["dtype"]),
+        source=site.add.meta.get("source") or SourceLine(ref.file, ref.line, ""),
+    )  # fmt: skip
+
+
+def _agreed_chains(modes: list[_Mode]) -> list[tuple[tuple[SiteRef, ...], LinkedStream]]:
+    """The streams of evaluation mode, cut wherever training mode does not pass the trunk on."""
+    first, *others = modes
+    links = [
+        {pair for stream in mode.streams for pair in zip(stream.refs, stream.refs[1:], strict=False)} for mode in others
+    ]
+    chains = []
+    for stream in first.streams:
+        part: list[SiteRef] = []
+        for ref in stream.refs:
+            if part and not all((part[-1], ref) in pairs for pairs in links):
+                chains.append((tuple(part), stream))
+                part = []
+            part.append(ref)
+        chains.append((tuple(part), stream))
+    return chains
+
+
+def _matches_module(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for pattern in patterns)
+
+
+def _matches(site: ResidualSite, patterns: tuple[str, ...]) -> bool:
+    return any(_matches_module(name, patterns) for name in (site.name, site.holder, site.carrier))
+
+
+def _wanted(site: ResidualSite, config: MHCConfig, filter_fn: Callable[[ResidualSite], bool] | None) -> bool:
+    included = not config.include or _matches(site, config.include)
+    return included and not _matches(site, config.exclude) and (filter_fn is None or bool(filter_fn(site)))
+
+
+def _check_patterns(config: MHCConfig, sites: Any, modes: list[_Mode]) -> None:
+    sites = list(sites)
+    modules = {call.name for mode in modes for call in mode.recording.calls}
+    for option in ("include", "exclude"):
+        for pattern in getattr(config, option):
+            uncaptured = option == "exclude" and any(_matches_module(name, (pattern,)) for name in modules)
+            if not any(_matches(site, (pattern,)) for site in sites) and not uncaptured:
+                names = [name for site in sites for name in (site.name, site.holder)]
+                near = difflib.get_close_matches(pattern, dict.fromkeys(names), 3, 0.4) or names[:3]
+                raise ConfigError(f"{option}={pattern!r} matches no site. Near: {', '.join(map(repr, near))}.")
+
+
+def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Rejection:
+    first = sites[0]
+    if count == 0:
+        return Rejection(first.holder, first.source, "excluded", "every site of this stream was excluded")
+    return Rejection(first.holder, first.source, "single-site" if count == 1 else "min-sites",
+        f"the stream has {count} site{'s' * (count > 1)}, fewer than min_sites={config.min_sites}"
+        + (": one site alone has nothing to mix" if count == 1 else ""))  # fmt: skip
+
+
+def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualStream:
+    lifted: list[str] = []
+    for before, segment in zip((None, *linked.segments), linked.segments, strict=False):
+        between = [*(before.trunk.after if before else []), *(segment.trunk.before if before else [])]
+        lifts = [*between, *(lift for site in segment.trunk.sites for lift in site.lifts)]
+        lifted += [f"{segment.call.name or 'model'}: {lift.node.name}" for lift in lifts]
+    return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(dict.fromkeys(lifted)))
+
+
+def _check_dtypes(plan: RewritePlan) -> None:
+    supported = {str(dtype) for dtype in _DTYPES}
+    for site in plan.sites:
+        if site.dtype not in supported:
+            raise UnsupportedModelError(
+                f"The trunk at {site.name!r} ({site.source}) is {site.dtype}; streams can be "
+                f"{', '.join(sorted(supported))}. Convert the model to one of these first."
+            )
+
+
+def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:
+    sites = list(sites)
+    misses = "".join(f"\n  {r.module or 'the model'}: {r.source or ''} {r.rule}: {r.reason}" for r in plan.rejections[:6])
+    if any(r.rule == "excluded" for r in plan.rejections):
+        return f"include, exclude and filter_fn leave no residual stream of {type(model).__name__}: all {len(sites)} sites are out."
+    what = "has no residual stream" if not sites else f"has no residual stream of at least {plan.config.min_sites} sites"
+    return f"{type(model).__name__} {what}." + (f" The nearest misses:{misses}" if misses else " It has no residual adds.")
+
+
+# -- wiring ----------------------------------------------------------------------------------------------------------
+
+
+def _wire(
+    modes: list[_Mode], streams: list[ResidualStream], kept: list[tuple[SiteRef, ...]], captures: list[Capture]
+) -> dict[str, CarrierWiring]:
+    carriers: dict[str, CarrierWiring] = {}
+    where: dict[tuple[str, SiteKey], tuple[int, ResidualSite]] = {}
+    for number, (stream, refs) in enumerate(zip(streams, kept, strict=True)):
+        for site, ref in zip(stream.sites, refs, strict=True):
+            relative = ref.holder[len(ref.carrier) :].lstrip(".")
+            key = (relative, ref.file, ref.line, ref.occurrence)
+            where[ref.carrier, key] = (number, site)
+            wiring = carriers.setdefault(ref.carrier, CarrierWiring())
+            path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
+            wiring.targets[key] = SiteTarget(path, number)
+    for mode in modes:
+        for name, inlined in mode.inlined.items():
+            if name in carriers:
+                carriers[name].inlined |= inlined
+    for capture in captures:
+        wiring_of = carriers.get(capture.call.name)
+        if wiring_of is None:
+            continue
+        for trunk in capture.residuals.trunks:
+            target = wiring_of.targets.get(trunk.sites[0].key)
+            if target is not None and trunk.source is not None:
+                rank = len(trunk.source.meta["shape"])
+                wiring_of.entries[trunk.source.meta["leaf"]] = (rank, target.stream)
+    for number, refs in enumerate(kept):
+        calls: list[tuple[str, int]] = []
+        for position, ref in enumerate(refs):
+            # A carrier that comes again is called again: its first site marks the new call.
+            if not calls or calls[-1][0] != ref.carrier or ref in refs[calls[-1][1] : position]:
+                calls.append((ref.carrier, position))
+        for index, (carrier, _) in enumerate(calls):
+            carriers[carrier].leaves.setdefault(number, []).append(index < len(calls) - 1)
+    return carriers
+

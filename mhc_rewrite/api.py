@@ -1,0 +1,200 @@
+"""The one line, and what goes with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_rewrite.analysis import Analysis, analyse
+from mhc_rewrite.capture.call import describe
+from mhc_rewrite.capture.example import example_call
+from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
+from mhc_rewrite.hyper_connection import HyperConnection
+from mhc_rewrite.install import install, is_converted, role_of, uninstall
+from mhc_rewrite.listing import list_graph
+from mhc_rewrite.model import ListedGraph, ResidualSite, RewritePlan, RewriteReport
+
+_PLAN = "_mhc_plan"
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    *,
+    config: MHCConfig | None = None,
+    filter_fn: Callable[[ResidualSite], bool] | None = None,
+    **fields: Any,
+) -> RewritePlan:
+    """What `mhcify` would do with the same arguments. Changes nothing.
+
+    Raises:
+        MHCError: as `mhcify`.
+    """
+    return _analyse(model, example_inputs, config, filter_fn, fields).plan
+
+
+def mhcify(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    *,
+    config: MHCConfig | None = None,
+    filter_fn: Callable[[ResidualSite], bool] | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Rewrites the model's residual streams into n-stream manifold-constrained hyper-connections, in place.
+
+    Args:
+        model: any module with residual adds `x + F(x)`.
+        example_inputs: keyword arguments as a dict, or positional ones as a tuple, for one call of the model. May be
+            left out for models of transformers and timm and for torch's own transformer stacks.
+        config: the options; or give them as fields: n_streams=4, init="preserve", include=(), exclude=(), ...
+        filter_fn: which sites to rewrite, beside include and exclude; gets a `ResidualSite`.
+
+    Returns:
+        The same model. With init="preserve" it computes what it did before.
+
+    Raises:
+        ConfigError: an option can't be used, or a pattern matches nothing.
+        ExampleInputsError: no example inputs, or wrong ones.
+        AlreadyConvertedError: the model was converted before, or has hyper-connections of its own.
+        CaptureError: a module with residual adds can't be captured as a graph.
+        NoResidualError: there is no residual stream to rewrite.
+        UnsupportedModelError: TorchScript, or a trunk whose dtype or layout has no streams.
+    """
+    analysis = _analyse(model, example_inputs, config, filter_fn, fields)
+    chosen = analysis.plan.config
+    if chosen.n_streams == 1:
+        warnings.warn("n_streams=1 is the model as it is: nothing was rewritten.", stacklevel=2)
+        return model
+    if chosen.init == "paper" and chosen.connection == "mhc":
+        warnings.warn(
+            "init='paper' starts with H_res almost uniform and sum(H_pre) = 2: every site averages the streams away, and "
+            "the function of a pretrained model is lost. init='preserve' keeps it.",
+            stacklevel=2,
+        )
+    install(model, analysis)
+    model.__dict__[_PLAN] = analysis.plan
+    return model
+
+
+def unmhcify(model: nn.Module) -> nn.Module:
+    """Gives the original model back, in place; the sites and what they learned are dropped.
+
+    Raises:
+        MHCError: the model is not converted.
+    """
+    _require_plan(model)
+    uninstall(model)
+    del model.__dict__[_PLAN]
+    return model
+
+
+def report(model: nn.Module) -> RewriteReport:
+    """What the conversion did, as data that prints as a table.
+
+    Raises:
+        MHCError: the model is not converted.
+    """
+    made = _require_plan(model)
+    site_names = {site.name for site in made.sites}
+    own = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] not in site_names)
+    added = tuple(
+        sum(p.numel() for name in dict.fromkeys(s.name for s in stream.sites if not s.excluded)
+            for p in model.get_submodule(name).parameters())
+        for stream in made.streams
+    )  # fmt: skip
+    calls = {
+        role.name: tuple(dict.fromkeys(describe(key[1], key[0]) for key in role.carrier.variants))
+        for role in map(role_of, model.modules())
+        if role is not None and role.carrier is not None
+    }
+    return RewriteReport(made, own, added, calls)
+
+
+def graphs(model: nn.Module) -> list[ListedGraph]:
+    """The carriers' forwards before and after the rewrite, as captured in evaluation mode, in execution order.
+
+    Raises:
+        MHCError: the model is not converted.
+    """
+    made = _require_plan(model)
+    listed = []
+    for name in dict.fromkeys(site.carrier for stream in made.streams for site in stream.sites):
+        module = model.get_submodule(name)
+        role = role_of(module)
+        if role is None or role.carrier is None or not role.carrier.variants:
+            continue
+        (training, key, *_), variants = next(iter(role.carrier.variants.items()))
+        listed.append(list_graph(name, type(module).__name__, describe(key, training), variants[0]))
+    return listed
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups that keep weight decay off the sites: it would pull the diagonal of H_res away from the identity.
+
+    Returns:
+        Two groups, the model's own parameters with `weight_decay` and the sites' without.
+    """
+    sites = {id(p) for module in model.modules() if isinstance(module, HyperConnection) for p in module.parameters()}
+    own = [p for p in model.parameters() if id(p) not in sites]
+    return [
+        {"params": own, "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in sites], "weight_decay": 0.0},
+    ]
+
+
+def _analyse(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None,
+    config: MHCConfig | None,
+    filter_fn: Callable[[ResidualSite], bool] | None,
+    fields: Mapping[str, Any],
+) -> Analysis:
+    if config is not None and fields:
+        raise ConfigError(f"Give either config= or fields, not both (got config and {', '.join(fields)}).")
+    chosen = config or MHCConfig.from_fields(fields)
+    _check_model(model)
+    args, kwargs = example_call(model, example_inputs)
+    return analyse(model, args, kwargs, chosen, filter_fn)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"mhcify takes an nn.Module, not {type(model).__name__}.")
+    if is_converted(model):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is converted already. unmhcify(model) gives the original back, to convert it anew."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or 'The model'!r} is a TorchScript module ({type(module).__name__}), whose forward has no Python "
+                "to rewrite. Convert the model that it was made from."
+            )
+        kind = type(module).__name__
+        if "HyperConnection" in kind:
+            raise AlreadyConvertedError(
+                f"{name or 'The model'!r} is a {kind}: this model has hyper-connections of its own, so there is no "
+                "single residual stream to widen."
+            )
+    config = getattr(model, "config", None)
+    for option in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        for owner, where in ((config, "config."), (model, "")):
+            value = getattr(owner, option, 0.0)
+            if isinstance(value, float) and value > 0:
+                raise UnsupportedModelError(
+                    f"{where}{option}={value} skips whole layers while training, the one that ends a residual stream among "
+                    f"them. Set {where}{option}=0.0 before the conversion; dropout and drop-path in the blocks are fine."
+                )
+
+
+def _require_plan(model: nn.Module) -> RewritePlan:
+    made = model.__dict__.get(_PLAN)
+    if made is None:
+        raise MHCError(f"{type(model).__name__} is not converted; mhcify(model) does that.")
+    return made  # type: ignore[no-any-return]

@@ -1,0 +1,100 @@
+"""A call's arguments as a key, which says what a captured graph depends on, and leaves, which the graph reads.
+
+Tensors and objects such as caches are leaves; None, booleans, numbers, strings and the structure around them are key:
+a forward may branch on them, so each combination is a variant of its own. Plain Python that Dynamo can follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """The parameters of a forward: names in positional order, and defaults."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any] = field(hash=False)
+
+    @classmethod
+    @functools.cache
+    def of(cls, forward: Callable[..., Any]) -> CallShape:
+        """Of a forward function; its first parameter is the module."""
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return cls(
+            names=tuple(p.name for p in parameters if p.kind in positional),
+            defaults={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name; what `*args` takes is named `*0`, `*1`, ..."""
+        bound = dict(self.defaults)
+        for index, value in enumerate(args):
+            bound[self.names[index] if index < len(self.names) else f"*{index - len(self.names)}"] = value
+        bound.update(kwargs)
+        return bound
+
+    def unbind(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inverse of `bind`."""
+        leading = list(itertools.takewhile(bound.__contains__, self.names))
+        if len(leading) == len(self.names):
+            leading += [name for name in bound if name[0] == "*"]
+        return tuple(bound[name] for name in leading), {k: v for k, v in bound.items() if k not in leading}
+
+
+def flatten(bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The key of bound arguments, and their leaves by path."""
+    key: list[Any] = []
+    leaves: dict[str, Any] = {}
+    for name in sorted(bound):
+        _flatten(bound[name], name, key, leaves)
+    return tuple(key), leaves
+
+
+def _flatten(value: Any, path: str, key: list[Any], leaves: dict[str, Any]) -> None:
+    if isinstance(value, Tensor):
+        leaves[path] = value
+        key.append((path, "tensor"))
+    elif value is None:
+        key.append((path, None))
+    elif isinstance(value, PLAIN):
+        key.append((path, type(value).__name__, value))
+    elif type(value) is tuple or type(value) is list:
+        key.append((path, type(value).__name__, len(value)))
+        for index, item in enumerate(value):
+            _flatten(item, f"{path}.{index}", key, leaves)
+    elif type(value) is dict and all(isinstance(name, str) for name in value):
+        key.append((path, "dict", tuple(value)))
+        for name, item in value.items():
+            _flatten(item, f"{path}.{name}", key, leaves)
+    else:
+        leaves[path] = value
+        key.append((path, "object"))
+
+
+def replace_leaves(value: Any, path: str, leaves: dict[str, Any]) -> Any:
+    """A bound argument with other leaves."""
+    if path in leaves:
+        return leaves[path]
+    if type(value) is tuple or type(value) is list:
+        return type(value)(replace_leaves(item, f"{path}.{index}", leaves) for index, item in enumerate(value))
+    if type(value) is dict:
+        return {name: replace_leaves(item, f"{path}.{name}", leaves) for name, item in value.items()}
+    return value
+
+
+def describe(key: tuple[Any, ...], training: bool) -> str:
+    """A variant for a reader."""
+    given = [entry[0] if len(entry) == 2 else f"{entry[0]}={entry[2]!r}" for entry in key if entry[-1] is not None]
+    return f"{'train' if training else 'eval'}({', '.join(given)})"

@@ -1,0 +1,219 @@
+"""Runs a model once and writes down every torch call, every module call, and which value goes where.
+
+The recording is flat and whole: it decides which modules must be captured as graphs, and it links their streams
+through code that is never traced, by the identity of the tensors that pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from mhc_rewrite import vocabulary
+from mhc_rewrite.capture.call import PLAIN, CallShape, flatten
+from mhc_rewrite.model import SourceLine
+
+_OWN_CODE = str(Path(__file__).parents[1])
+_TORCH_CODE = str(Path(torch.__file__).parent)
+
+
+def user_line() -> SourceLine | None:
+    """The innermost line outside of torch's machinery and this package; lines of `torch.nn.modules` count as code."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        machinery = file.startswith(_TORCH_CODE) and not ("/nn/modules/" in file and frame.f_code.co_name[0] != "_"
+                                                          or "/nn/modules/transformer" in file)  # fmt: skip
+        if not machinery and not file.startswith(_OWN_CODE) and not file.endswith("contextlib.py"):
+            return source_line(file, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def source_line(file: str, line: int) -> SourceLine:
+    """A line with its text."""
+    import linecache
+
+    return SourceLine(file, line, linecache.getline(file, line).strip())
+
+
+@dataclass
+class Operation:
+    """One torch call. `inputs` and `outputs` are values: numbers that name a tensor's content at one time."""
+
+    index: int
+    target: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    call: int
+    mixing: bool
+    source: SourceLine | None = None
+
+    @property
+    def name(self) -> str:
+        return vocabulary.name_of(self.target)
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module: arguments, result, and the operations from `first` up to `last` that it ran."""
+
+    index: int
+    module: nn.Module
+    name: str
+    parent: int
+    bound: dict[str, Any]
+    inputs: dict[int, int]  # id of a tensor argument -> value at entry
+    first: int
+    leaf_values: dict[str, int] = field(default_factory=dict)  # path of a leaf of the bound arguments -> value
+    last: int = -1
+    outputs: tuple[int | None, ...] = ()  # values of the result's leaves; None for what is no tensor
+
+
+@dataclass
+class Recording:
+    """A model's run. `calls[0]` stands for the root's own call."""
+
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    producer: dict[int, Operation] = field(default_factory=dict)
+    shapes: list[torch.Size] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)  # ids stay unique while the tensors live
+
+    def ancestry(self, call: int) -> list[int]:
+        """A call and all that enclose it, outermost first."""
+        chain = []
+        while call >= 0:
+            chain.append(call)
+            call = self.calls[call].parent
+        return chain[::-1]
+
+    def within(self, inner: int, outer: int) -> bool:
+        """Whether one call runs inside another, or is it."""
+        while inner > outer:
+            inner = self.calls[inner].parent
+        return inner == outer
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+        self.values: dict[int, int] = {}
+        self.stack: list[int] = []
+        self.paused = False
+
+    def value(self, tensor: Tensor) -> int:
+        known = self.values.get(id(tensor))
+        return self.new_value(tensor) if known is None else known
+
+    def new_value(self, tensor: Tensor) -> int:
+        number = len(self.recording.shapes)
+        self.values[id(tensor)] = number
+        self.recording.kept.append(tensor)
+        self.recording.shapes.append(tensor.shape)
+        self.recording.dtypes.append(tensor.dtype)
+        return number
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        inputs = tuple(self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        result = func(*args, **kwargs)
+        if inputs and self.stack:
+            results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            inplace = vocabulary.is_inplace(func, kwargs)
+            arguments = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            if name_is_setitem := vocabulary.name_of(func) == "setitem":
+                results = [args[0]]
+            fresh = [t for t in results if inplace or name_is_setitem or id(t) not in arguments]
+            self.write(func, inputs, fresh, vocabulary.is_mixing(func))
+        return result
+
+    def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:
+        outputs = tuple(self.new_value(t) for t in results)
+        operation = Operation(len(self.recording.operations), target, inputs, outputs, self.stack[-1], mixing)
+        if operation.name in vocabulary.ADD:
+            operation.source = user_line()
+        self.recording.operations.append(operation)
+        for value in outputs:
+            self.recording.producer[value] = operation
+
+    def enter(self, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        parent = self.stack[-1] if self.stack else -1
+        if next(module.children(), None) is not None:  # a carrier, perhaps: to be called again with these arguments
+            args, kwargs = self.objects_copied(args), self.objects_copied(kwargs)
+        bound = CallShape.of(type(module).forward).bind(args, kwargs)
+        call = ModuleCall(
+            index=len(self.recording.calls), module=module, name=name, parent=parent, bound=bound,
+            inputs={id(t): self.value(t) for t in tensors}, first=len(self.recording.operations),
+        )  # fmt: skip
+        call.leaf_values = {p: self.value(v) for p, v in flatten(bound)[1].items() if isinstance(v, Tensor)}
+        self.recording.calls.append(call)
+        self.stack.append(call.index)
+
+    def objects_copied(self, value: Any) -> Any:
+        """Arguments with objects such as caches as they are now: the call will change them."""
+        if isinstance(value, (Tensor, nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
+            return value
+        if type(value) in (tuple, list):
+            return type(value)(self.objects_copied(item) for item in value)
+        if type(value) is dict:
+            return {key: self.objects_copied(item) for key, item in value.items()}
+        self.paused = True
+        try:
+            return copy.deepcopy(value)
+        finally:
+            self.paused = False
+
+    def leave(self, result: Any) -> None:
+        call = self.recording.calls[self.stack[-1]]
+        inputs = set(call.inputs.values())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf) not in self.values:
+                # Made by code that torch functions do not show, a C++ extension say: taken to mix.
+                self.write(call.module, tuple(sorted(inputs)), [leaf], True)
+        call.outputs = tuple(self.value(t) if isinstance(t, Tensor) else None for t in tree_leaves(result))
+        call.last = len(self.recording.operations)
+        self.stack.pop()
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, Any]:
+    """Runs `model(*args, **kwargs)` and returns what happened, and the result. The caller protects the state."""
+    recording = Recording()
+    recorder = _Recorder(recording)
+    handles = []
+
+    def entering(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: recorder.enter(module, name, args, kwargs)
+
+    def leaving(module: nn.Module, args: Any, result: Any) -> None:
+        recorder.leave(result)
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leaving))
+        with recorder:
+            result = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recording, result
+
+
+def operations_inside(recording: Recording, call: ModuleCall) -> Iterator[Operation]:
+    """The operations that a call ran, its children's included."""
+    yield from recording.operations[call.first : call.last]

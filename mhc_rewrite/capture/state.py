@@ -1,0 +1,34 @@
+"""Running a user's model without leaving a trace: random state, buffers, modes and gradients stay as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Inside, the module may be run; outside, its buffers, training flags and the random states are as before.
+
+    No gradients are recorded. Caches that are passed in as arguments are the caller's to copy.
+    """
+    devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
+    modes = [(m, m.training) for m in module.modules()]
+    buffers = [(m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    random_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        random.setstate(random_state)
+        for owner, name, buffer, value in buffers:
+            if not buffer.is_meta:
+                with torch.no_grad():
+                    buffer.copy_(value)
+            owner._buffers[name] = buffer
+        for owner, mode in modes:
+            owner.training = mode

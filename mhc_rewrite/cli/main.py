@@ -1,0 +1,188 @@
+"""`mhc-rewrite`: a few lines over the API for each command."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib.metadata
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+import mhc_rewrite
+from mhc_rewrite.cli import listing, spec
+from mhc_rewrite.cli.errors import CommandError
+from mhc_rewrite.config import MAX_STREAMS
+from mhc_rewrite.errors import MHCError
+from mhc_rewrite.tables import as_text
+
+PATIENCE = 2.0  # seconds without an answer before a spinner says what is being done
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rewrite the residual connections of a PyTorch model into manifold-constrained hyper-connections.",
+)
+
+
+class Stage(str, enum.Enum):
+    """Which graph is shown."""
+
+    original = "original"
+    rewritten = "rewritten"
+    diff = "diff"
+
+
+class GraphFormat(str, enum.Enum):
+    """How graphs are printed."""
+
+    rich = "rich"
+    text = "text"
+    json = "json"
+    dot = "dot"
+
+
+class PlanFormat(str, enum.Enum):
+    """How a plan is printed."""
+
+    rich = "rich"
+    json = "json"
+
+
+Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {spec.FORMS}.", show_default=False)]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
+    typer.Option("--config", metavar="KEY=VALUE", help="An option of the model's config or callable. Repeatable."),
+]
+Streams = Annotated[int, typer.Option("--n", min=1, max=MAX_STREAMS, help="Number of streams.")]
+Include = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--include", metavar="PATTERN", help="Rewrite only these sites or modules. Repeatable."),
+]
+Exclude = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--exclude", metavar="PATTERN", help="Leave these sites or modules alone. Repeatable."),
+]
+
+
+@app.command("print")
+def print_graphs(
+    model: Spec,
+    stage: Annotated[Stage, typer.Option(help="The graphs before, after, or their difference.")] = Stage.rewritten,
+    layer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Only the module of this name, or those of this pattern."),
+    ] = None,
+    format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.rich,
+    n: Streams = 4,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Settings = None,
+) -> None:
+    """Show the model's rewritten graph, module by module; identical modules once."""
+    with _working(f"Rewriting {model}"):
+        built, inputs = spec.load(model, config or ())
+        mhc_rewrite.mhcify(built, inputs, n_streams=n, include=tuple(include or ()), exclude=tuple(exclude or ()))
+        report, graphs = mhc_rewrite.report(built), mhc_rewrite.graphs(built)
+        listings = listing.merge(listing.select(graphs, layer))
+    if not listings:
+        _tell(Text(" ".join(("Nothing was rewritten.", *report.plan.notes))))
+    if format is GraphFormat.rich:
+        _show(listing.rich(listings, stage.value))
+    elif format is GraphFormat.text:
+        print(listing.text(listings, stage.value))
+    elif format is GraphFormat.json:
+        print(listing.as_json(listings, stage.value, report.plan, model))
+    else:
+        print(listing.dot(listings, stage.value))
+
+
+@app.command("sites")
+def print_sites(
+    model: Spec,
+    format: Annotated[PlanFormat, typer.Option(help="How to print it.")] = PlanFormat.rich,
+    n: Streams = 4,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Settings = None,
+) -> None:
+    """Show what would be rewritten: streams, sites, and what is left alone and why."""
+    with _working(f"Reading {model}"):
+        built, inputs = spec.load(model, config or ())
+        plan = mhc_rewrite.plan(built, inputs, n_streams=n, include=tuple(include or ()), exclude=tuple(exclude or ()))
+    if format is PlanFormat.rich:
+        _show(plan)
+    else:
+        print(json.dumps(plan.to_dict(), indent=2))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mhc-rewrite {importlib.metadata.version('mhc-rewrite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Only what stands before a command."""
+
+
+def _show(renderable: RenderableType | Any) -> None:
+    """To a terminal in colour and in its width, else as plain text in the width that it needs."""
+    console = Console()
+    if console.is_terminal:
+        console.print(renderable)
+    else:
+        print(as_text(renderable))
+
+
+def _tell(message: Text) -> None:
+    Console(stderr=True).print(message, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    """While a model is at work: its prints go to stderr, errors become one message."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _spinner(what):
+            yield
+    except (CommandError, MHCError) as error:
+        _tell(Text.assemble(("error: ", "bold red"), str(error)))
+        raise typer.Exit(error.exit_code if isinstance(error, CommandError) else 1) from error
+
+
+@contextlib.contextmanager
+def _spinner(what: str) -> Iterator[None]:
+    """On a terminal, and only after a while, says on stderr what is being done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    # Live would put its own objects in place of sys.stdout and sys.stderr, from the timer's thread: not here.
+    live = Live(Spinner("dots", what), console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    timer = threading.Timer(PATIENCE, live.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        live.stop()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,189 @@
+"""Small models of any transformers model type, with random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mhc_rewrite.cli.errors import UsageError
+
+HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 4, 512, 16, 128
+MAX_PARAMETERS = 500_000_000
+
+_LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
+_HEADS = re.compile(r"(^|_)(n_heads?|num_heads|attention_heads)$")
+_KV_HEADS = re.compile(r"(^|_)(key_value_heads|kv_heads|head_kv|kv_n_heads)$")
+_EXPERTS = re.compile(r"(^|_)(n|num|moe_num)_(routed_|local_)?experts$")
+_WIDTHS = re.compile(r"((hidden|intermediate)_size|(hidden|embed|proj|ffn|mlp)_dim|_width|n_embd|n_inner)$")
+_WIDTH_NAMES = ("d_model", "d_ff", "dim", "emb_dim", "embedding_size", "ffn_hidden_size")
+_TOKEN_IDS = re.compile(r"_token_(id|index)$")
+_FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
+def small_fields(config: Any, *, shallow: bool = True, narrow: bool = True) -> dict[str, Any]:
+    """Keyword arguments that make a config of the same class small.
+
+    Fewer words; with `shallow` fewer layers and experts; with `narrow` fewer heads. What one head has is left as it is,
+    and every width shrinks in proportion to the heads: relations like `heads * head_dim == expand * hidden_size` hold.
+    """
+    fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    for name in getattr(type(config), "sub_configs", {}):
+        if (sub := getattr(config, name, None)) is not None and hasattr(sub, "to_dict"):
+            fields[name] = small_fields(sub, shallow=shallow, narrow=narrow)
+    small: dict[str, Any] = {k: v for k, v in fields.items() if isinstance(v, dict) and k in config.sub_configs}
+    for name, value in _numbers(fields):
+        if _LAYERS.search(name) and "feat_extract" not in name and shallow:
+            small[name] = min(value, LAYERS)
+        elif _EXPERTS.search(name) and shallow:
+            small[name] = min(value, EXPERTS)
+        elif name == "vocab_size":
+            small[name] = min(value, VOCABULARY)
+    if fields.get("vocab_size", 0) is None:
+        small["vocab_size"] = VOCABULARY
+    if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
+        small["depths"] = [min(depth, 2) for depth in depths]
+    if narrow:
+        small |= _narrow_fields(config, fields)
+    if words := small.get("vocab_size", _words(small)):
+        small |= _token_ids(fields, words)
+    return small
+
+
+def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    return ((k, v) for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0)
+
+
+def _words(small: Mapping[str, Any]) -> int | None:
+    nested = (v.get("vocab_size") for v in small.values() if isinstance(v, dict))
+    return next((words for words in nested if words), None)
+
+
+def _narrow_fields(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and widths; none for a pyramid, whose widths and heads are lists: those are small enough."""
+    aliases = getattr(config, "attribute_map", {})
+    stages = ("depths", "hidden_sizes", "num_heads", "embed_dim")
+    if any(isinstance(fields.get(name), (list, tuple)) for name in stages):
+        return {}
+    width = fields.get(aliases.get("hidden_size", "hidden_size"))
+    heads = fields.get(aliases.get("num_attention_heads", "num_attention_heads"), fields.get("num_heads"))
+    if not isinstance(width, int) or width <= WIDTH:
+        return {}
+    if isinstance(heads, int) and heads > 1 and width % heads == 0:
+        numerator, denominator = min(heads, HEADS), heads
+    else:
+        heads, numerator, denominator = None, WIDTH, width
+    narrow: dict[str, Any] = {}
+    for name, value in _numbers(fields):
+        if _KV_HEADS.search(name):
+            narrow[name] = value if value == 1 else numerator if value == heads else min(2, numerator)
+        elif _HEADS.search(name):
+            narrow[name] = max(1, value * numerator // denominator) if heads else value
+        elif name.endswith("n_groups"):
+            narrow[name] = min(value, numerator)
+        elif (_WIDTHS.search(name) or name in _WIDTH_NAMES) and value > 8:
+            exact = value * numerator / denominator
+            narrow[name] = int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)
+    if heads:
+        # Left open by default, and some models read them as they are.
+        missing = {"head_dim": width // heads, "num_key_value_heads": numerator}
+        narrow |= {name: value for name, value in missing.items() if name in fields and fields[name] is None}
+    return narrow
+
+
+def _token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:
+    """Ids of special tokens that lie beyond the smaller vocabulary, brought inside it, each its own."""
+    ids: dict[str, Any] = {}
+    free = words - 1
+    for name, value in fields.items():
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if _TOKEN_IDS.search(name) and isinstance(first, int) and first >= words:
+            ids[name] = _FIRST_IDS.get(name, free)
+            free -= name not in _FIRST_IDS
+    return ids
+
+
+def apply_overrides(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with the user's values; `text_config.hidden_size` reaches into a part of the config.
+
+    Raises:
+        UsageError: the config has no such option.
+    """
+    merged = dict(fields)
+    for key, value in overrides.items():
+        name, _, rest = key.partition(".")
+        if rest and name in getattr(config, "sub_configs", {}):
+            merged[name] = apply_overrides(getattr(config, name), merged.get(name, {}), {rest: value})
+            continue
+        known = sorted({*config.to_dict(), *getattr(config, "attribute_map", {})})
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else f" It has: {', '.join(known)}."
+            raise UsageError(f"--config {key}: {type(config).__name__} has no such option.{hint}")
+        merged[getattr(config, "attribute_map", {}).get(key, key)] = value
+    return merged
+
+
+def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
+    """A small model of a transformers model type, in eval mode.
+
+    Raises:
+        UsageError: an unknown type or option, or a config that the model does not accept.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+        hint = f" Did you mean {' or '.join('hf:' + name for name in near)}?" if near else ""
+        raise UsageError(f"transformers knows no model type {model_type!r}.{hint}")
+    config_class = CONFIG_MAPPING[model_type]
+    try:
+        default = config_class()
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise UsageError(f"hf:{model_type}: {config_class.__name__} has no defaults ({_first_line(error)}).") from error
+    failure: Exception | None = None
+    for shallow, narrow in ((True, True), (True, False), (False, True), (False, False)):
+        fields = apply_overrides(default, small_fields(default, shallow=shallow, narrow=narrow), overrides)
+        try:
+            config = config_class(**fields)
+            if config.architectures is None:  # a type with several classifiers iterates over it
+                config.architectures = []
+            auto = auto_class(config)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in auto.from_config(config).parameters())
+            if size > MAX_PARAMETERS:
+                raise ValueError(f"it would have {size:,} parameters; make it smaller with --config")
+            return auto.from_config(config).eval()
+        except ModuleNotFoundError:  # the installation, not the config
+            raise
+        except Exception as error:
+            failure = failure or error
+    assert failure is not None
+    raise UsageError(
+        f"hf:{model_type}: no small model of this type could be built: {_first_line(failure)}. "
+        "Set sizes that fit with --config key=value, or write a function that returns the model: path/file.py:function."
+    ) from failure
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers Auto class for a config: a language model, an image classifier, else the base model."""
+    import transformers as hf
+
+    order: tuple[Any, ...]
+    if getattr(config, "is_encoder_decoder", False):
+        order = (hf.AutoModelForSeq2SeqLM, hf.AutoModelForSpeechSeq2Seq)
+    elif getattr(config, "is_decoder", False):
+        order = (hf.AutoModelForCausalLM,)
+    else:
+        # An encoder such as BERT also has a causal class, which wants is_decoder: the masked one comes first.
+        order = (hf.AutoModelForMaskedLM, hf.AutoModelForCausalLM, hf.AutoModelForImageClassification)
+    return next((auto for auto in order if type(config) in auto._model_mapping), hf.AutoModel)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

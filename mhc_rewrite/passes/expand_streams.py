@@ -1,0 +1,252 @@
+"""Rewrites a captured forward into n streams: the one pass that makes new graphs. It decides nothing.
+
+Before (one site)                          After
+    a = attn(ln(x))                            pre = mhc_0.pre(X);  u = pre[0];  mix = pre[1]
+    y = x + a                                  a = attn(ln(u))
+                                               Y = mhc_0.post(X, a, mix)
+
+with `X = expand(x)` before the stream's first site and `y = collapse(Y)` after its last one. Everything else that reads
+the trunk reads the mean of the streams; what reads its shape or dtype alone reads one stream's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mhc_rewrite import streams
+from mhc_rewrite.capture.trace import ModuleGraph, has_effects
+from mhc_rewrite.passes import lifting
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, Trunk, reads_form
+from mhc_rewrite.passes.lifting import Lift
+
+
+@dataclass(frozen=True)
+class SiteTarget:
+    """What becomes of one add: the site module's path from the carrier (None: a plain residual), and its stream."""
+
+    path: str | None
+    stream: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A rewritten forward.
+
+    Attributes:
+        graph: returns (what the original returns, the streams that go out).
+        sites: adds rewritten.
+        lifted: operations lifted, `<holder>: <operation>`.
+        outgoing: the stream numbers of the second result, in order.
+    """
+
+    graph: fx.Graph
+    sites: int
+    lifted: tuple[str, ...]
+    outgoing: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Run:
+    """Consecutive sites of one trunk that belong to one stream."""
+
+    trunk: Trunk
+    sites: list[FoundSite]
+    stream: int
+    arrives: bool
+    leaves: bool
+
+    @property
+    def channel_dim(self) -> int:
+        return self.sites[0].channel_dim
+
+    def lifts(self) -> list[Lift]:
+        """All operations on this part of the trunk, in execution order per stretch."""
+        first = self.sites[0]
+        stretches = [first.lifts[: first.chain.index(first.read)], *(site.lifts for site in self.sites[1:])]
+        if self.arrives:
+            stretches.append(self.trunk.before)
+        if self.leaves:
+            stretches.append(self.trunk.after)
+        return [lift for stretch in stretches for lift in stretch]
+
+
+def expand_streams(
+    captured: ModuleGraph,
+    residuals: Residuals,
+    targets: Mapping[SiteKey, SiteTarget],
+    *,
+    n: int,
+    collapse: str,
+    arriving: frozenset[int],
+    leaving: frozenset[int],
+) -> Rewrite:
+    """The forward on n streams.
+
+    Args:
+        captured, residuals: the forward and what was found in it; neither is changed.
+        targets: the adds to rewrite; others stay.
+        n: expansion rate.
+        collapse: "mean" or "sum".
+        arriving: streams that come in as streams; others are expanded before their first site here.
+        leaving: streams that go out as streams; others are collapsed after their last site here.
+    """
+    runs = _runs(residuals, targets, arriving, leaving)
+    return _Writer(captured, runs, targets, n, collapse).write()
+
+
+def _runs(
+    residuals: Residuals, targets: Mapping[SiteKey, SiteTarget], arriving: frozenset[int], leaving: frozenset[int]
+) -> list[_Run]:
+    runs: list[_Run] = []
+    for trunk in residuals.trunks:
+        current: _Run | None = None
+        for site in trunk.sites:
+            target = targets.get(site.key)
+            if target is None:
+                current = None
+            elif current is not None and current.stream == target.stream:
+                current.sites.append(site)
+            else:
+                arrives = site is trunk.sites[0] and trunk.source is not None and target.stream in arriving
+                current = _Run(trunk, [site], target.stream, arrives, False)
+                runs.append(current)
+        if current is not None and trunk.sinks and current.stream in leaving:
+            current.leaves = True
+    return runs
+
+
+class _Writer:
+    def __init__(
+        self, captured: ModuleGraph, runs: list[_Run], targets: Mapping[SiteKey, SiteTarget], n: int, collapse: str
+    ) -> None:
+        self.captured, self.runs, self.targets, self.n, self.collapse = captured, runs, targets, n, collapse
+        self.graph = fx.Graph()
+        self.plain: dict[fx.Node, fx.Node] = {}  # node of the old graph -> its value, as in the original
+        self.wide: dict[fx.Node, fx.Node] = {}  # trunk node of the old graph -> its streams
+        self.means: dict[fx.Node, fx.Node] = {}
+        self.inputs: dict[fx.Node, fx.Node] = {}  # site's add -> what its branch reads
+        self.mixes: dict[fx.Node, fx.Node] = {}
+        self.run_of: dict[fx.Node, _Run] = {}
+        self.site_at = {site.add: (run, site) for run in runs for site in run.sites}
+        self.lift_at = {lift.node: (run, lift) for run in runs for lift in run.lifts()}
+        self.readers: dict[fx.Node, list[FoundSite]] = {}
+        for run in runs:
+            for site in run.sites:
+                self.readers.setdefault(site.read, []).append(site)
+        self.absorbed = {node for run in runs for site in run.sites for node in site.absorbed}
+        self.current: fx.Node | None = None
+
+    def write(self) -> Rewrite:
+        arriving = {run.trunk.source: run for run in self.runs if run.arrives}
+        entering = {run.sites[0].read: run for run in self.runs if not run.arrives}
+        for node in self.captured.graph.nodes:
+            self.current = node
+            if node.op == "output":
+                self._output(node)
+            elif node in arriving:
+                self._widen(node, arriving[node], self._mark(self.graph.node_copy(node), "trunk", arriving[node], node))
+            elif node in self.site_at:
+                self._post(*self.site_at[node])
+            elif node in self.lift_at:
+                run, lift = self.lift_at[node]
+                lifted = lifting.write(self.graph, lift, self.wide[lift.trunk], self._reader(node), run.channel_dim)
+                self._widen(node, run, self._mark(lifted, "trunk", run, node))
+            elif node not in self.absorbed:
+                self.plain[node] = self.graph.node_copy(node, self._reader(node))
+            if node in entering and node not in self.wide:
+                run = entering[node]
+                expanded = self.graph.call_function(streams.expand, (self.plain[node], self.n, run.channel_dim))
+                self._widen(node, run, self._mark(expanded, "expand", run, node))
+        self.graph.eliminate_dead_code(is_impure_node=has_effects)
+        self.graph.lint()
+        lifted = tuple(f"{n.meta.get('holder') or self.captured.module}: {n.name}" for n in self.lift_at)
+        outgoing = tuple(run.stream for run in self.runs if run.leaves)
+        return Rewrite(self.graph, len(self.site_at), lifted, outgoing)
+
+    def _widen(self, node: fx.Node, run: _Run, wide: fx.Node) -> None:
+        """Notes the streams of a trunk node and makes what the sites that read it need."""
+        self.wide[node], self.run_of[node] = wide, run
+        for site in self.readers.get(node, []):
+            target = self.targets[site.key]
+            if target.path is None:
+                self.inputs[site.add] = self._mean(node)
+                continue
+            module = self.graph.get_attr(target.path)
+            pre = self._mark(self.graph.call_method("pre", (module, wide)), "pre", None, site.add)
+            self.inputs[site.add] = self.graph.call_function(operator.getitem, (pre, 0))
+            self.inputs[site.add].meta.update(shape=node.meta["shape"], dtype=node.meta["dtype"])
+            self.mixes[site.add] = self.graph.call_function(operator.getitem, (pre, 1))
+
+    def _post(self, run: _Run, site: FoundSite) -> None:
+        reader = self._reader(site.add)
+        branch: fx.Node | None = None
+        for term, factor in site.branches:
+            value = reader(term)
+            value = value if factor == 1 else self.graph.call_function(operator.mul, (value, factor))
+            branch = value if branch is None else self.graph.call_function(operator.add, (branch, value))
+        state = self.wide[site.chain[0]]
+        if site.scale != 1:
+            state = self.graph.call_function(operator.mul, (state, site.scale))
+        path = self.targets[site.key].path
+        if path is None:
+            wide = self.graph.call_function(streams.plain_add, (state, branch, run.channel_dim))
+        else:
+            wide = self.graph.call_method("post", (self.graph.get_attr(path), state, branch, self.mixes[site.add]))
+        self._mark(wide, "post", run, site.add)
+        if site is run.sites[-1] and not run.leaves:
+            self.wide[site.add] = wide
+            end = self.graph.call_function(streams.collapse, (wide, run.channel_dim, self.collapse))
+            self.plain[site.add] = self._mark(end, "collapse", None, site.add)
+            del self.wide[site.add]
+        else:
+            self._widen(site.add, run, wide)
+
+    def _reader(self, consumer: fx.Node) -> Any:
+        """How `consumer` reads nodes of the old graph."""
+
+        def read(node: fx.Node) -> fx.Node:
+            for site in self.readers.get(node, []):
+                if consumer in site.region or (consumer is site.add and any(node is b for b, _ in site.branches)):
+                    return self.inputs[site.add]
+            if node not in self.wide:
+                return self.plain[node]
+            if reads_form(consumer):
+                return self.graph.call_function(streams.one_stream, (self.wide[node], self.run_of[node].channel_dim))
+            return self.plain[node] if node in self.plain else self._mean(node)
+
+        return read
+
+    def _mean(self, node: fx.Node) -> fx.Node:
+        if node not in self.means:
+            mean = self.graph.call_function(streams.read_mean, (self.wide[node], self.run_of[node].channel_dim))
+            self.means[node] = self._mark(mean, "", None, node)
+        return self.means[node]
+
+    def _output(self, node: fx.Node) -> None:
+        leaving = [run for run in self.runs if run.leaves]
+        sinks = {run: run.trunk.after[-1].node if run.trunk.after else run.sites[-1].add for run in leaving}
+        reader = self._reader(node)
+
+        def read(source: fx.Node) -> fx.Node:
+            return self.wide[source] if source in sinks.values() else reader(source)
+
+        result = fx.node.map_arg(node.args[0], read)
+        self.graph.output((result, tuple(self.wide[sinks[run]] for run in leaving)))
+
+    def _mark(self, new: fx.Node, role: str, run: _Run | None, old: fx.Node) -> fx.Node:
+        new.meta.update(role=role, source=old.meta.get("source"), dtype=old.meta.get("dtype"))
+        shape = old.meta.get("shape")
+        if run is not None and shape is not None:
+            at = len(shape) - 1 if run.channel_dim == -1 else 1
+            new.meta["shape"] = (*shape[:at], self.n, *shape[at:])
+        elif role in ("collapse", ""):
+            new.meta["shape"] = shape
+        else:
+            new.meta.pop("shape", None)
+        return new
+

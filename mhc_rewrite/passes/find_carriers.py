@@ -1,0 +1,193 @@
+"""Which modules' forwards must be captured: those in whose calls a trunk and its branch part and meet again.
+
+Works on a recording of the whole run, so nothing has to be traceable here. It is generous: the exact rules are those
+of find_residuals, on the graphs of the modules that this pass names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from mhc_rewrite import vocabulary
+from mhc_rewrite.capture.record import Operation, Recording
+from mhc_rewrite.model import Rejection
+
+# A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
+STAGE = 2
+
+
+@dataclass(eq=False)
+class Carrier:
+    """A module call whose forward is to be captured.
+
+    Attributes:
+        call: its number in the recording.
+        inlined: modules between it and the adds; captured as part of it.
+    """
+
+    call: int
+    inlined: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Candidate:
+    operation: Operation
+    reach: set[int]  # values that the trunk side comes from without mixing
+    fork: int  # the value at which trunk and branch part
+    branch: int
+    before: set[int]  # candidates that the trunk comes from
+
+
+def find_carriers(recording: Recording, min_sites: int) -> tuple[list[Carrier], list[Rejection]]:
+    """The carriers, outermost only and in the order of their calls, and the adds that can't be sites."""
+    candidates, rejections = _find_candidates(recording)
+    chains = _chains(candidates)
+    carriers: dict[int, Carrier] = {}
+    homes: list[tuple[int, int]] = []
+    for number, candidate in candidates.items():
+        if len(chains[number]) < min_sites:
+            rejections.append(_reject(recording, candidate.operation, "single-site",
+                f"the stream has {len(chains[number])} site, fewer than min_sites={min_sites}: "
+                "one site alone has nothing to mix"))  # fmt: skip
+            continue
+        homes.append((_home(recording, candidate), candidate.operation.call))
+    outer = {home for home, _ in homes}
+    for home, holder in homes:
+        top = next(call for call in recording.ancestry(home) if call in outer)
+        carrier = carriers.setdefault(top, Carrier(top))
+        chain = recording.ancestry(holder)
+        carrier.inlined.update(recording.calls[c].name for c in chain[chain.index(top) + 1 :])
+    return [carriers[call] for call in sorted(carriers)], _unique(rejections)
+
+
+def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[Rejection]]:
+    candidates: dict[int, _Candidate] = {}  # by the value of the sum
+    rejections = []
+    for operation in recording.operations:
+        if operation.name not in vocabulary.ADD or len(operation.inputs) != 2 or len(operation.outputs) != 1:
+            continue
+        left, right = operation.inputs
+        if not all(recording.dtypes[value].is_floating_point for value in (left, right)) or left == right:
+            continue
+        if recording.shapes[left] != recording.shapes[right]:
+            rejections.append(_reject(recording, operation, "broadcast",
+                f"the operands' shapes differ, {tuple(recording.shapes[left])} and {tuple(recording.shapes[right])}: "
+                "a bias, a position or a mask"))  # fmt: skip
+            continue
+        near = ("no-ancestor", "neither operand is computed from the other's trunk")
+        for trunk, branch in ((left, right), (right, left)):
+            reach, before = _reach(recording, candidates, trunk)
+            fork, mixes = _fork(recording, reach, branch)
+            if fork is None:
+                continue
+            if not mixes:
+                near = ("no-mixing", "no operation between trunk and add mixes features: an activation or a rotation")
+                continue
+            if _adds_between(recording, candidates, branch, fork) >= STAGE:
+                near = ("long-skip", "the skip closes over a whole stage of residual adds")
+                continue
+            candidates[operation.outputs[0]] = _Candidate(operation, reach, fork, branch, before)
+            break
+        else:
+            rejections.append(_reject(recording, operation, *near))
+    return candidates, rejections
+
+
+def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) -> tuple[set[int], set[int]]:
+    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates."""
+    seen, todo, before = {start}, [start], set()
+    while todo:
+        value = todo.pop()
+        if value in candidates:
+            before.add(value)
+            continue
+        operation = recording.producer.get(value)
+        if operation is None or operation.mixing:
+            continue
+        for source in operation.inputs:
+            if source not in seen and recording.shapes[source].numel() == recording.shapes[start].numel():
+                seen.add(source)
+                todo.append(source)
+    return seen, before
+
+
+def _fork(recording: Recording, reach: set[int], branch: int) -> tuple[int | None, bool]:
+    """The latest value of `reach` that the branch is computed from, and whether anything mixes on the way."""
+    oldest = min(reach)
+    seen = {(branch, False)}
+    todo = [(branch, False)]
+    found: dict[bool, int] = {}
+    while todo:
+        value, mixed = todo.pop()
+        if value in reach:
+            found[mixed] = max(found.get(mixed, -1), value)
+        operation = recording.producer.get(value)
+        if operation is None or value < oldest:
+            continue
+        for source in operation.inputs:
+            state = (source, mixed or operation.mixing)
+            if source >= oldest and state not in seen:
+                seen.add(state)
+                todo.append(state)
+    if True in found:
+        return found[True], True
+    return found.get(False), False
+
+
+def _adds_between(recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int) -> int:
+    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage."""
+    reach, before = _reach(recording, candidates, branch)
+    count = 0
+    while fork not in reach and before:
+        last = max(before)
+        if last < fork:
+            return 0
+        count += 1
+        reach, before = candidates[last].reach, candidates[last].before
+    return count if fork in reach else 0
+
+
+def _chains(candidates: dict[int, _Candidate]) -> dict[int, set[int]]:
+    """For each candidate all that share its lineage."""
+    chain_of: dict[int, set[int]] = {}
+    for number, candidate in candidates.items():
+        merged = {number}.union(*(chain_of[earlier] for earlier in candidate.before))
+        for member in merged:
+            chain_of[member] = merged
+    return chain_of
+
+
+def _home(recording: Recording, candidate: _Candidate) -> int:
+    """The innermost call that runs the add and everything between the fork and it."""
+    forward = {candidate.fork}
+    start = recording.producer[candidate.fork].index + 1 if candidate.fork in recording.producer else 0
+    between = []
+    for operation in recording.operations[start : candidate.operation.index]:
+        if any(value in forward for value in operation.inputs):
+            forward.update(operation.outputs)
+            between.append(operation)
+    needed, calls = {candidate.branch}, [candidate.operation.call]
+    for operation in reversed(between):
+        if any(value in needed for value in operation.outputs):
+            needed.update(value for value in operation.inputs if value in forward)
+            calls.append(operation.call)
+    chains = [recording.ancestry(call) for call in set(calls)]
+    common = 0
+    for depth in zip(*chains, strict=False):
+        if len(set(depth)) > 1:
+            break
+        common = depth[0]
+    return common
+
+
+def _reject(recording: Recording, operation: Operation, rule: str, reason: str) -> Rejection:
+    return Rejection(recording.calls[operation.call].name, operation.source, rule, reason)
+
+
+def _unique(rejections: list[Rejection]) -> list[Rejection]:
+    """One rejection a source line: layers repeat."""
+    by_line: dict[object, Rejection] = defaultdict()
+    for rejection in rejections:
+        by_line.setdefault((rejection.source, rejection.rule), rejection)
+    return list(by_line.values())

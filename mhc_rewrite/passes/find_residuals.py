@@ -1,0 +1,372 @@
+"""Finds the residual adds in a captured forward, and the trunks that they form.
+
+A site is an add `s + b` where the trunk `s`, perhaps behind operations that act per token, is an ancestor of the branch
+`b`, both have the same shape, and the branch mixes features on the way. Nothing here changes a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from mhc_rewrite import vocabulary
+from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.model import Rejection, SourceLine
+from mhc_rewrite.passes import lifting
+from mhc_rewrite.passes.find_carriers import STAGE
+from mhc_rewrite.passes.lifting import Lift
+
+SiteKey = tuple[str, str, int, int]
+
+
+@dataclass(eq=False)
+class FoundSite:
+    """A residual add in one graph.
+
+    Attributes:
+        add: the node of the (last) sum.
+        chain: the trunk's nodes from the add's operand back to where it comes from, latest first.
+        lifts: how each node of `chain` but the last follows from the next.
+        read: the node of `chain` that the branch reads.
+        branches: the terms besides the trunk, each with its factor.
+        scale: the trunk's own factor, `torch.add(f(x), x, alpha=scale)`.
+        region: what is computed from `read` on the way to the branches.
+        channel_dim: the axis that the branch mixes, -1 or 1.
+        key: what names this add in every capture of the same forward: holder, file, line, occurrence.
+        absorbed: inner sums that became part of this one.
+    """
+
+    add: fx.Node
+    chain: list[fx.Node]
+    lifts: list[Lift]
+    read: fx.Node
+    branches: list[tuple[fx.Node, float | int]]
+    scale: float | int
+    region: set[fx.Node]
+    channel_dim: int = -1
+    key: SiteKey = ("", "", 0, 0)
+    absorbed: set[fx.Node] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Trunk:
+    """Consecutive sites of one graph.
+
+    Attributes:
+        sites: in order.
+        before: lifts from `source` to the first site's read, in execution order.
+        source: the placeholder that the trunk comes in by, or None.
+        after: lifts from the last add to the output, in execution order.
+        sinks: positions among the output's leaves at which the trunk goes out.
+    """
+
+    sites: list[FoundSite]
+    before: list[Lift] = field(default_factory=list)
+    source: fx.Node | None = None
+    after: list[Lift] = field(default_factory=list)
+    sinks: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Residuals:
+    """All that was found in one graph."""
+
+    trunks: list[Trunk]
+    rejections: list[Rejection]
+
+
+def find_residuals(captured: ModuleGraph, carrier: nn.Module) -> Residuals:
+    """The trunks of a captured forward, in execution order, and the adds that are none, each with its reason."""
+    finder = _Finder(captured, carrier)
+    finder.find_sites()
+    return Residuals(finder.trunks(), finder.rejections)
+
+
+class _Finder:
+    def __init__(self, captured: ModuleGraph, carrier: nn.Module) -> None:
+        self.captured, self.carrier = captured, carrier
+        self.nodes = list(captured.graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        self.sites: dict[fx.Node, FoundSite] = {}
+        self.rejections: list[Rejection] = []
+        self.lift_cache: dict[fx.Node, list[Lift]] = {}
+
+    # -- sites -------------------------------------------------------------------------------------------------------
+
+    def find_sites(self) -> None:
+        for node in self.nodes:
+            if node.op in ("call_function", "call_method") and vocabulary.name_of(node.target) in vocabulary.ADD:
+                terms = _terms(node)
+                if terms is not None:
+                    self._consider(node, *terms)
+        seen: dict[SiteKey, int] = {}
+        for site in self.sites.values():
+            source = site.add.meta.get("source") or SourceLine("", 0, "")
+            key = (site.add.meta.get("holder", ""), source.file, source.line, 0)
+            site.key = (*key[:3], seen.setdefault(key, 0))
+            seen[key] += 1
+
+    def _consider(self, add: fx.Node, left: tuple[fx.Node, float], right: tuple[fx.Node, float]) -> None:
+        if left[0].meta["shape"] != right[0].meta["shape"]:
+            shapes = left[0].meta["shape"], right[0].meta["shape"]
+            self._reject(add, "broadcast", f"the operands' shapes differ, {shapes[0]} and {shapes[1]}")
+            return
+        near: tuple[str, str] | None = None
+        for (trunk, scale), (branch, factor) in ((left, right), (right, left)):
+            for lifts in self._chains(trunk):
+                found = self._site(add, trunk, lifts, branch, scale, factor)
+                if isinstance(found, FoundSite):
+                    self.sites[add] = found
+                    return
+                near = near or found
+            if self._merge(add, trunk, branch, scale, factor):
+                return
+        self._reject(add, *(near or ("no-ancestor", "neither operand is computed from the other's trunk")))
+
+    def _site(
+        self, add: fx.Node, trunk: fx.Node, lifts: list[Lift], branch: fx.Node, scale: float, factor: float
+    ) -> FoundSite | tuple[str, str] | None:
+        """The site, or the rule and reason for which it is none; None where nothing hints at one."""
+        chain = [trunk, *(lift.trunk for lift in lifts)]
+        above = self._ancestors(branch)
+        if branch in chain:
+            return None
+        reads = [
+            node for node in chain
+            if any(user in above for user in node.users if user not in chain and not reads_form(user))
+        ]  # fmt: skip
+        if not reads:
+            return None
+        read = reads[0]
+        region = self._region(read, above, set(chain))
+        if not any(mixes(node) for node in region):
+            return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
+        if len(reads) > 1:
+            return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
+        if self._sites_between(branch, read) >= STAGE:
+            return "long-skip", "the skip closes over a whole stage of residual adds"
+        if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
+            return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
+        axis = self._feature_axis(read, region)
+        rank = len(read.meta["shape"])
+        if axis not in (None, 1, rank - 1):
+            return "axis", f"the branch mixes axis {axis} of {rank}; streams need the last one or axis 1"
+        channel_dim = 1 if axis == 1 and rank > 2 else -1
+        if not all(channel_dim in lift.channel_dims for lift in lifts[: chain.index(read)]):
+            return "not-per-token", "an operation between the branch's read and the add does not act per token"
+        usable = next((i for i, lift in enumerate(lifts) if channel_dim not in lift.channel_dims), len(lifts))
+        lifts = lifts[:usable]
+        chain = chain[: usable + 1]
+        return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region, channel_dim)
+
+    def _merge(self, add: fx.Node, trunk: fx.Node, branch: fx.Node, scale: float, factor: float) -> bool:
+        """`(x + a(x)) + b(x)` is one site with two branches: the inner sum is read by nobody but the outer."""
+        inner = self.sites.get(trunk)
+        if inner is None or scale != 1 or any(user is not add and not reads_form(user) for user in trunk.users):
+            return False
+        above = self._ancestors(branch)
+        region = self._region(inner.read, above, set(inner.chain))
+        if not any(mixes(node) for node in region):
+            return False
+        del self.sites[trunk]
+        branches = [*inner.branches, (branch, factor)]
+        self.sites[add] = FoundSite(add, inner.chain, inner.lifts, inner.read, branches, inner.scale,
+                                    inner.region | region, inner.channel_dim,
+                                    absorbed=inner.absorbed | {trunk})  # fmt: skip
+        return True
+
+    def _chains(self, node: fx.Node, operands: tuple[fx.Node, ...] = ()) -> Iterator[list[Lift]]:
+        """The ways back from `node` along the trunk, longest first, each up to and with an earlier add."""
+        if node not in self.sites:
+            for lift in self._lifts(node):
+                gates = (*operands, *lift.operands)
+                if any(lift.trunk is gate or lift.trunk in self._ancestors(gate) for gate in gates):
+                    continue  # a gate that depends on the trunk: that is modulation, not a residual
+                for further in self._chains(lift.trunk, gates):
+                    yield [lift, *further]
+        yield []
+
+    def _lifts(self, node: fx.Node) -> list[Lift]:
+        if node not in self.lift_cache:
+            self.lift_cache[node] = lifting.carried(node, self.carrier)
+        return self.lift_cache[node]
+
+    def _sites_between(self, branch: fx.Node, read: fx.Node) -> int:
+        """How many sites lie on the lineage from `read` to `branch`."""
+        count, node = 0, branch
+        while True:
+            ends = [[node, *(lift.trunk for lift in lifts)] for lifts in self._chains(node)]
+            if any(read in chain for chain in ends):
+                return count
+            earlier = next((chain[-1] for chain in ends if chain[-1] in self.sites), None)
+            if earlier is None or self.order[earlier] < self.order[read]:
+                return 0
+            count += 1
+            node = self.sites[earlier].chain[0]
+            if node is read:
+                return count
+
+    def _ancestors(self, node: fx.Node) -> set[fx.Node]:
+        """`node` and all whose values, not only sizes, it is computed from."""
+        seen, todo = {node}, [node]
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                if source not in seen and not reads_form(source):
+                    seen.add(source)
+                    todo.append(source)
+        return seen
+
+    @staticmethod
+    def _region(read: fx.Node, above: set[fx.Node], chain: set[fx.Node]) -> set[fx.Node]:
+        """What is computed from `read`, off the trunk, on the way to the branch whose ancestors are `above`."""
+        seen: set[fx.Node] = set()
+        todo = [user for user in read.users if user in above and user not in chain]
+        while todo:
+            node = todo.pop()
+            if node not in seen and not reads_form(node):
+                seen.add(node)
+                todo.extend(user for user in node.users if user in above)
+        return seen
+
+    def _alias(self, add: fx.Node, chain: list[fx.Node]) -> fx.Node | None:
+        """A later reader of the memory that an in-place add wrote to, by another name than the sum's."""
+        storage = add.meta.get("storage")
+        for node in self.nodes[: self.order[add]]:
+            if node.meta.get("storage") == storage and node not in chain:
+                for user in node.users:
+                    if self.order[user] > self.order[add] and not reads_form(user):
+                        return user
+        return None
+
+    def _feature_axis(self, read: fx.Node, region: set[fx.Node]) -> int | None:
+        """The trunk's axis that the branch mixes or normalises first."""
+        follower = vocabulary.AxisFollower(read, len(read.meta["shape"]))
+        for node in sorted(region, key=self.order.__getitem__):
+            inputs = node.all_input_nodes
+            if node.op == "call_module":
+                for source in inputs:
+                    axis = node.meta["axes"].get(source.name)
+                    if source in follower.axes and axis is not None and axis < len(follower.axes[source]):
+                        return follower.axes[source][axis]
+            rank = len(node.meta["shape"]) if "shape" in node.meta else None
+            axis = follower.step(node.target if node.op != "call_module" else "", list(inputs),
+                                 node.args, dict(node.kwargs), node, rank)  # fmt: skip
+            if axis is not None:
+                return axis
+        return None
+
+    def _reject(self, add: fx.Node, rule: str, reason: str) -> None:
+        holder = ".".join(filter(None, (self.captured.module, add.meta.get("holder", ""))))
+        self.rejections.append(Rejection(holder, add.meta.get("source"), rule, reason))
+
+    # -- trunks ------------------------------------------------------------------------------------------------------
+
+    def trunks(self) -> list[Trunk]:
+        ordered = sorted(self.sites.values(), key=lambda site: self.order[site.add])
+        trunk_of: dict[fx.Node, Trunk] = {}
+        trunks: list[Trunk] = []
+        claimed: set[fx.Node] = set()
+        for site in ordered:
+            previous = trunk_of.get(site.chain[-1])
+            if previous is not None and (
+                previous.sites[-1].add is not site.chain[-1] or previous.sites[-1].channel_dim != site.channel_dim
+            ):
+                previous = None
+            on_trunk = site.chain[: site.chain.index(site.read) + 1] if previous is None else site.chain[:-1]
+            if not claimed.isdisjoint(on_trunk):
+                self._reject(site.add, "fork", "another residual add continues the same trunk")
+                del self.sites[site.add]
+                continue
+            claimed.update(on_trunk, [site.add])
+            if previous is None:
+                previous = Trunk([])
+                trunks.append(previous)
+            previous.sites.append(site)
+            trunk_of[site.add] = previous
+        taken: set[fx.Node] = set()
+        leaves = output_leaves(self.captured.graph)
+        for trunk in trunks:
+            self._find_source(trunk, taken)
+            self._find_sinks(trunk, leaves)
+        return trunks
+
+    def _find_source(self, trunk: Trunk, taken: set[fx.Node]) -> None:
+        first = trunk.sites[0]
+        at = first.chain.index(first.read)
+        before = first.lifts[at:]
+        start = first.chain[-1]
+        nested = any(
+            any(node in site.region for node in first.chain[at:]) or first.add in site.region
+            for site in self.sites.values() if site is not first
+        )  # fmt: skip
+        if start.op == "placeholder" and start not in taken and not nested and "leaf" in start.meta:
+            taken.add(start)
+            trunk.source, trunk.before = start, before[::-1]
+
+    def _find_sinks(self, trunk: Trunk, leaves: list[object]) -> None:
+        """Follows the trunk behind its last add to the output, if it gets there by lifted operations alone."""
+        channel_dim = trunk.sites[-1].channel_dim
+        todo: list[tuple[fx.Node, list[Lift]]] = [(trunk.sites[-1].add, [])]
+        while todo:
+            node, lifts = todo.pop(0)
+            if positions := tuple(i for i, leaf in enumerate(leaves) if leaf is node):
+                trunk.sinks, trunk.after = positions, lifts
+                return
+            for user in node.users:
+                for lift in self._lifts(user):
+                    if lift.trunk is node and channel_dim in lift.channel_dims and user not in self.sites:
+                        todo.append((user, [*lifts, lift]))
+
+
+def output_leaves(graph: fx.Graph) -> list[object]:
+    """What a graph returns, flat, in the order of the returned structure's leaves. A dataclass counts as structure."""
+    leaves: list[object] = []
+
+    def visit(value: object) -> None:
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
+            for item in value.kwargs.values():
+                if item is not None:
+                    visit(item)
+        elif value is not None:
+            leaves.append(value)
+
+    visit(graph.output_node().args[0])
+    return leaves
+
+
+def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]] | None:
+    """The two tensors of an add, each with its factor; None where it adds no two floating tensors."""
+    operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
+    alpha = node.kwargs.get("alpha", 1)
+    if len(operands) != 2 or not all(isinstance(item, fx.Node) and "shape" in item.meta for item in operands):
+        return None
+    left, right = operands
+    floating = all(item.meta["dtype"].is_floating_point for item in operands)  # type: ignore[union-attr]
+    if left is right or not floating or not isinstance(alpha, (int, float)):
+        return None
+    return (left, 1), (right, alpha)  # type: ignore[return-value]
+
+
+def mixes(node: fx.Node) -> bool:
+    """Whether a node mixes features: what makes a branch a block."""
+    if node.op == "call_module":
+        return bool(node.meta["mixes"])
+    return node.op in ("call_function", "call_method") and vocabulary.is_mixing(node.target)
+
+
+def reads_form(node: fx.Node) -> bool:
+    """Whether a node sees a tensor's form and not its values."""
+    if node.op == "call_method":
+        return node.target in vocabulary.FORM
+    if node.target is getattr:
+        return node.args[1] in vocabulary.FORM
+    return node.op == "call_function" and node.target in (torch.numel, torch.is_floating_point)

@@ -1,0 +1,84 @@
+"""What rewritten forwards call besides the sites: the streams' entry, exit, and operations lifted to every stream.
+
+A trunk tensor with C on `channel_dim` becomes streams with n on the axis before C: (..., C) -> (..., n, C) for -1,
+(B, C, ...) -> (B, n, C, ...) for 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def stream_dim(channel_dim: int) -> int:
+    """The axis of n in the streams."""
+    return -2 if channel_dim == -1 else 1
+
+
+def expand(x: Tensor, n: int, channel_dim: int) -> Tensor:
+    """The entry: n equal streams, as a view."""
+    dim = stream_dim(channel_dim)
+    streams = x.unsqueeze(dim)
+    sizes = [-1] * streams.dim()
+    sizes[dim] = n
+    return streams.expand(sizes)
+
+
+def collapse(streams: Tensor, channel_dim: int, how: str) -> Tensor:
+    """The exit: the streams' mean or sum."""
+    dim = stream_dim(channel_dim)
+    return streams.mean(dim) if how == "mean" else streams.sum(dim)
+
+
+def read_mean(streams: Tensor, channel_dim: int) -> Tensor:
+    """What a reader of the trunk gets that is no site's branch."""
+    return streams.mean(stream_dim(channel_dim))
+
+
+def one_stream(streams: Tensor, channel_dim: int) -> Tensor:
+    """A tensor of the trunk's shape, dtype and device, for readers of these alone; a view."""
+    return streams.select(stream_dim(channel_dim), 0)
+
+
+def plain_add(streams: Tensor, branch: Tensor, channel_dim: int) -> Tensor:
+    """An excluded site: X'[i] = X[i] + y."""
+    return streams + branch.unsqueeze(stream_dim(channel_dim))
+
+
+def align(operand: Tensor, rank: int, channel_dim: int) -> Tensor:
+    """An operand that broadcasts against a trunk of `rank` axes, made to broadcast against its streams."""
+    dim = stream_dim(channel_dim)
+    axes_behind = 1 if dim == -2 else rank - 1
+    return operand.unsqueeze(dim) if operand.dim() > axes_behind else operand
+
+
+def shared_dropout(streams: Tensor, p: float, training: bool, channel_dim: int) -> Tensor:
+    """Dropout on the trunk: one mask for all streams, drawn as the original draws it."""
+    if not training or p == 0.0:
+        return streams
+    mask = F.dropout(torch.ones_like(one_stream(streams, channel_dim)), p, True)
+    return streams * mask.unsqueeze(stream_dim(channel_dim))
+
+
+def shared_dropout_module(dropout: nn.Module, streams: Tensor, channel_dim: int) -> Tensor:
+    """The same for a dropout module of any kind."""
+    if not dropout.training:
+        return streams
+    mask = dropout(torch.ones_like(one_stream(streams, channel_dim)))
+    return streams * mask.unsqueeze(stream_dim(channel_dim))
+
+
+def reshape_tokens(streams: Tensor, *shape: Any) -> Tensor:
+    """A reshape of the trunk's leading axes that leaves C, the last one, alone."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    return streams.reshape(*sizes[:-1], streams.shape[-2], streams.shape[-1])
+
+
+def fold(module: Callable[..., Tensor], streams: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A module on a channels-first trunk, with the streams as part of the batch."""
+    batch, n = streams.shape[:2]
+    return module(streams.flatten(0, 1), *args, **kwargs).unflatten(0, (batch, n))

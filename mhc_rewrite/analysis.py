@@ -13,28 +13,19 @@ import torch
 from torch import nn
 
 from mhc_rewrite.capture.call import flatten
+from mhc_rewrite.capture.example import further_calls
 from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.capture.trace import ModuleGraph, trace
+from mhc_rewrite.captures import CallKind, Captures
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, MHCError, NoResidualError, UnsupportedModelError
+from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
 from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 from mhc_rewrite.passes.expand_streams import SiteTarget
 from mhc_rewrite.passes.find_carriers import find_carriers
-from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, find_residuals, mixes
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
 from mhc_rewrite.passes.link_streams import LinkedStream, SiteRef, link_streams, site_ref
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(eq=False)
-class Capture:
-    """One forward of a carrier as captured, and what was found in it."""
-
-    call: ModuleCall
-    training: bool
-    graph: ModuleGraph
-    residuals: Residuals
 
 
 @dataclass
@@ -61,14 +52,14 @@ class Analysis:
     Attributes:
         plan: the plan.
         carriers: wiring by carrier name.
-        captures: the captured forwards.
+        captures: the captured forwards, by kind of call.
         readers: stream number -> modules that read the mean of its trunk in the middle.
         results: what the model returned on the example, per mode.
     """
 
     plan: RewritePlan
     carriers: dict[str, CarrierWiring]
-    captures: list[Capture]
+    captures: Captures
     readers: dict[int, set[str]]
     results: dict[bool, Any]
 
@@ -79,10 +70,9 @@ class _Mode:
 
     training: bool
     recording: Recording
-    captures: list[Capture]
+    calls: list[tuple[ModuleCall, Residuals]]
     streams: list[LinkedStream]
     rejections: list[Rejection]
-    inlined: dict[str, set[str]]
     result: Any
 
 
@@ -103,16 +93,23 @@ def analyse(
         UnsupportedModelError: a trunk whose dtype has no streams.
     """
     notes: list[str] = []
-    modes = [_run_mode(model, args, kwargs, config, training=False)]
+    runs = [_run(model, args, kwargs, training=False)]
     try:
-        modes.append(_run_mode(model, args, kwargs, config, training=True))
-    except CaptureError:
-        raise
-    except Exception as error:
-        if isinstance(error, MHCError) and not isinstance(error, ExampleInputsError):
-            raise
-        why = str(error.__cause__ or error).splitlines()[0]
+        runs.append(_run(model, args, kwargs, training=True))
+    except ExampleInputsError as error:
+        why = str(error.__cause__).splitlines()[0]
         notes.append(f"The example can't be run in training mode ({why}); that variant is captured at its first call.")
+    carriers = [find_carriers(recording, config.min_sites) for recording, _ in runs]
+    inlined: dict[str, set[str]] = {}
+    for (recording, _), (chosen, _) in zip(runs, carriers, strict=True):
+        for carrier in chosen:
+            inlined.setdefault(recording.calls[carrier.call].name, set()).update(carrier.inlined)
+    captures = Captures(model, inlined)
+    modes = []
+    for training, (recording, result), (chosen, rejected) in zip((False, True), runs, carriers, strict=False):
+        captures.collect(args, kwargs, training)
+        calls = [recording.calls[carrier.call] for carrier in chosen]
+        modes.append(_link(recording, calls, captures, rejected, config, training, result))
     rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
     sites = _name_sites(model, modes)
     _check_patterns(config, sites.values(), modes)
@@ -136,18 +133,18 @@ def analyse(
     if not streams:
         raise NoResidualError(_nothing_found(model, plan, sites.values()))
     _check_dtypes(plan)
-    captures = [capture for mode in modes for capture in mode.captures]
-    carriers = _wire(modes, streams, kept, captures)
-    return Analysis(plan, carriers, captures, readers, {mode.training: mode.result for mode in modes})
+    for more_args, more_kwargs in further_calls(model, args, kwargs):
+        for mode in modes:
+            captures.collect(more_args, more_kwargs, mode.training)
+    wiring = _wire(modes, streams, kept, inlined)
+    return Analysis(plan, wiring, captures, readers, {mode.training: mode.result for mode in modes})
 
 
-def _run_mode(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig, training: bool
-) -> _Mode:
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Recording, Any]:
     with undisturbed(model):
         model.train(training)
         try:
-            recording, result = record(model, args, kwargs)
+            return record(model, args, kwargs)
         except Exception as error:
             given = ", ".join([type(a).__name__ for a in args] + [f"{k}={type(v).__name__}" for k, v in kwargs.items()])
             raise ExampleInputsError(
@@ -155,49 +152,25 @@ def _run_mode(
                 f"{type(error).__name__}: {error}. Pass example_inputs as a dict of keyword arguments, or a tuple of "
                 f"positional ones, that {type(model).__name__}.forward accepts."
             ) from error
-    chosen, rejections = find_carriers(recording, config.min_sites)
-    inlined = {recording.calls[c.call].name: set() for c in chosen}  # type: ignore[var-annotated]
-    for carrier in chosen:
-        inlined[recording.calls[carrier.call].name] |= carrier.inlined
-    seen: dict[tuple[str, Any], tuple[ModuleGraph, Residuals]] = {}
-    captures = []
-    for carrier in chosen:
-        call = recording.calls[carrier.call]
-        key = (call.name, flatten(call.bound)[0])
-        if key not in seen:
-            try:
-                seen[key] = capture_forward(call.module, call.name, call.bound, inlined[call.name], model, training)
-            except CaptureError as error:
-                if not _matches_module(call.name, config.exclude):
-                    raise
-                rejections.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {error}"))
-                continue
-            rejections += seen[key][1].rejections
-        captures.append(Capture(call, training, *seen[key]))
-    streams, ends = link_streams(recording, [(capture.call, capture.residuals) for capture in captures])
-    return _Mode(training, recording, captures, streams, rejections + ends, inlined, result)
 
 
-def capture_forward(
-    module: nn.Module, name: str, bound: dict[str, Any], inlined: set[str], model: nn.Module | None, training: bool,
-    forward: Callable[..., Any] | None = None,
-) -> tuple[ModuleGraph, Residuals]:  # fmt: skip
-    """Captures a carrier's forward on bound arguments and finds its residual adds.
-
-    Args:
-        module: the carrier, `name` its name in the model.
-        bound: arguments by name.
-        inlined: names of modules captured with it, in `model` or, without one, relative to the carrier.
-        training: mode to run it in; `module` is put back as it was.
-        forward: its original forward; by default its class's.
-    """
-    root = model if model is not None else module
-    with undisturbed(module):
-        if model is not None:
-            module.train(training)
-        parts = {root.get_submodule(part) for part in inlined}
-        graph = trace(module, name, forward or type(module).forward, bound, parts)
-        return graph, find_residuals(graph, module)
+def _link(
+    recording: Recording, chosen: list[ModuleCall], captures: Captures, rejections: list[Rejection], config: MHCConfig,
+    training: bool, result: Any,
+) -> _Mode:  # fmt: skip
+    calls = []
+    for call in chosen:
+        captured = captures.by_kind[CallKind(call.name, training, flatten(call.bound)[0])]
+        if isinstance(captured, CaptureError):
+            if not _matches_module(call.name, config.exclude):
+                raise captured
+            rejections.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
+            continue
+        calls.append((call, captured[1]))
+    found = {id(residuals): residuals for _, residuals in calls}  # layers that are alike share one
+    streams, ends = link_streams(recording, calls)
+    rejected = [*rejections, *(r for residuals in found.values() for r in residuals.rejections), *ends]
+    return _Mode(training, recording, calls, streams, rejected, result)
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------
@@ -208,11 +181,9 @@ def _name_sites(model: nn.Module, modes: list[_Mode]) -> dict[SiteRef, ResidualS
     sites: dict[SiteRef, ResidualSite] = {}
     counts: dict[str, int] = defaultdict(int)
     for mode in modes:
-        for capture in mode.captures:
-            order = {node: index for index, node in enumerate(capture.graph.graph.nodes)}
-            found = [site for trunk in capture.residuals.trunks for site in trunk.sites]
-            for site in sorted(found, key=lambda site: order[site.add]):
-                ref = site_ref(capture.call, site)
+        for call, residuals in mode.calls:
+            for site in sorted((site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place):
+                ref = site_ref(call, site)
                 if ref not in sites:
                     name = ".".join(filter(None, (ref.holder, f"mhc_{counts[ref.holder]}")))
                     counts[ref.holder] += 1
@@ -315,31 +286,21 @@ def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:
 
 
 def _wire(
-    modes: list[_Mode], streams: list[ResidualStream], kept: list[tuple[SiteRef, ...]], captures: list[Capture]
+    modes: list[_Mode], streams: list[ResidualStream], kept: list[tuple[SiteRef, ...]], inlined: dict[str, set[str]]
 ) -> dict[str, CarrierWiring]:
     carriers: dict[str, CarrierWiring] = {}
-    where: dict[tuple[str, SiteKey], tuple[int, ResidualSite]] = {}
     for number, (stream, refs) in enumerate(zip(streams, kept, strict=True)):
         for site, ref in zip(stream.sites, refs, strict=True):
-            relative = ref.holder[len(ref.carrier) :].lstrip(".")
-            key = (relative, ref.file, ref.line, ref.occurrence)
-            where[ref.carrier, key] = (number, site)
-            wiring = carriers.setdefault(ref.carrier, CarrierWiring())
+            wiring = carriers.setdefault(ref.carrier, CarrierWiring(inlined[ref.carrier]))
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
-            wiring.targets[key] = SiteTarget(path, number)
-    for mode in modes:
-        for name, inlined in mode.inlined.items():
-            if name in carriers:
-                carriers[name].inlined |= inlined
-    for capture in captures:
-        wiring_of = carriers.get(capture.call.name)
-        if wiring_of is None:
-            continue
-        for trunk in capture.residuals.trunks:
-            target = wiring_of.targets.get(trunk.sites[0].key)
+            holder = ref.holder[len(ref.carrier) :].lstrip(".")
+            wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
+    for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
+        for trunk in residuals.trunks:
+            target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
-                rank = len(trunk.source.meta["shape"])
-                wiring_of.entries[trunk.source.meta["leaf"]] = (rank, target.stream)
+                entry = (len(trunk.source.meta["shape"]), target.stream)
+                carriers[call.name].entries[trunk.source.meta["leaf"]] = entry
     for number, refs in enumerate(kept):
         calls: list[tuple[str, int]] = []
         for position, ref in enumerate(refs):

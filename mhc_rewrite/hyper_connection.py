@@ -83,8 +83,8 @@ class HyperConnection(KeepsPrecision):
         return (u if self.channel_dim == -1 else u.movedim(-1, 1)), Mix(h.post, h.res)
 
     def post(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
-        """The next state, in `torch.result_type(streams, branch)`."""
-        dtype = torch.result_type(streams, branch)
+        """The next state, in the wider of the dtypes of `streams` and `branch`."""
+        dtype = torch.promote_types(streams.dtype, branch.dtype)
         with self._full_precision(streams):
             state = self._tokens_last(streams)
             y = (branch if self.channel_dim == -1 else branch.movedim(1, -1)).to(state.dtype)

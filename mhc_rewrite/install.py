@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import linecache
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -18,17 +19,19 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite import streams
-from mhc_rewrite.analysis import Analysis, CarrierWiring, capture_forward
+from mhc_rewrite.analysis import Analysis, CarrierWiring
 from mhc_rewrite.capture.call import CallShape, describe, flatten
 from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.captures import CallKind, Captured, capture_forward
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.errors import StreamError, UnseenCallError, UnsupportedModelError
+from mhc_rewrite.errors import CaptureError, StreamError, UnseenCallError, UnsupportedModelError
 from mhc_rewrite.hyper_connection import HyperConnection
 from mhc_rewrite.model import ResidualSite, ResidualStream
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 
 _ROLE = "_mhc_role"
+Rewrites = dict[Any, tuple[Rewrite, Callable[..., Any], Callable[..., Any] | None]]
 
 
 @dataclass(eq=False)
@@ -61,6 +64,10 @@ class Scope:
         self.emitted = []
         self.calls = {}
         self.open = False
+
+    def emit(self, tensor: Tensor) -> None:
+        if self.depth:  # a carrier may be called by itself, or once more in backward
+            self.emitted.append(tensor)
 
     def collapsed(self, value: Any) -> Any:
         """`value` with the mean in place of this stream's trunk tensors."""
@@ -104,6 +111,7 @@ class CarrierRole:
     config: MHCConfig
     wiring: CarrierWiring
     inlined: tuple[str, ...]  # relative to the carrier
+    shape: CallShape
     scopes: dict[int, Scope]
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
 
@@ -115,7 +123,7 @@ class CarrierRole:
         return {**self.__dict__, "variants": {}}  # generated code is captured again at the first call
 
     def call(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = CallShape.of(original).bind(args, kwargs)
+        bound = self.shape.bind(args, kwargs)
         key, leaves = flatten(bound)
         arriving = self.arriving(leaves)
         leaving = self.leaving()
@@ -124,7 +132,7 @@ class CarrierRole:
             variant = self.learn(module, original, bound, key, leaves, arriving, leaving)
         result, outgoing = variant.function(module, *leaves.values(), *variant.constants)
         for number, tensor in zip(variant.outgoing, outgoing, strict=True):
-            self.scopes[number].emitted.append(tensor)
+            self.scopes[number].emit(tensor)
         for number in self.wiring.leaves:
             self.scopes[number].open = number in variant.outgoing
         return result
@@ -183,10 +191,9 @@ class CarrierRole:
         for path, value in self.as_trunk(leaves, arriving, form_only=False).items():
             if value is not leaves[path]:
                 bound[path] = value  # a trunk is an argument of its own
-        captured, residuals = capture_forward(
-            module, self.name, bound, set(self.inlined), None, module.training, original
-        )
-        return self.add(module, module.training, key, leaves, captured, residuals, arriving, leaving)
+        inlined = [module.get_submodule(path) for path in self.inlined]
+        captured, residuals = capture_forward(module, self.name, bound, inlined, module.training, original)
+        return self.add(module, module.training, key, leaves, captured, residuals, arriving, leaving, {})
 
     def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
@@ -200,22 +207,27 @@ class CarrierRole:
 
     def add(
         self, module: nn.Module, training: bool, key: Any, leaves: dict[str, Any], captured: ModuleGraph,
-        residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...],
+        residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
     ) -> Variant:  # fmt: skip
-        """Rewrites a captured forward for one way of coming in and going out."""
+        """Rewrites a captured forward for one way of coming in and going out; `rewrites` are those made before."""
         known = {site.key for trunk in residuals.trunks for site in trunk.sites}
         if self.wiring.targets and known.isdisjoint(self.wiring.targets):
             raise StreamError(
                 f"{self.name or 'the model'!r}, called as {describe(key, training)}, shows none of the residual adds that "
                 "were converted. Convert again with example inputs of this kind."
             )
-        rewrite = expand_streams(
-            captured, residuals, self.wiring.targets, n=self.config.n_streams, collapse=self.config.collapse,
-            arriving=frozenset(arriving), leaving=frozenset(leaving),
-        )  # fmt: skip
+        like = (id(captured), tuple(self.wiring.targets.items()), arriving, leaving)
+        if like not in rewrites:
+            rewrite = expand_streams(
+                captured, residuals, self.wiring.targets, n=self.config.n_streams, collapse=self.config.collapse,
+                arriving=frozenset(arriving), leaving=frozenset(leaving),
+            )  # fmt: skip
+            guards = compile_graph(_guard_graph(captured), "guards") if captured.guards else None
+            rewrites[like] = rewrite, compile_graph(rewrite.graph, type(module).__name__), guards
+        rewrite, function, guards = rewrites[like]
         variant = Variant(
-            function=compile_graph(rewrite.graph, f"{type(module).__name__}"),
-            guards=compile_graph(_guard_graph(captured), "guards") if captured.guards else None,
+            function=function,
+            guards=guards,
             expected=tuple(guard.expected for guard in captured.guards),
             constants=captured.constants,
             outgoing=rewrite.outgoing,
@@ -246,18 +258,26 @@ class Role:
     reads: list[Scope] = field(default_factory=list)
 
     def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for scope in self.begins:
-            scope.begin()
-        for scope in self.reads:
-            args, kwargs = scope.collapsed(args), scope.collapsed(kwargs)
-        if self.carrier is not None:
-            result = self.carrier.call(module, original, args, kwargs)
-        else:
-            result = original(module, *args, **kwargs)
-        for scope in self.begins:
-            scope.check_closed(self.name)
         for scope in self.outer:
-            result = scope.collapsed(result)
+            scope.depth += 1
+        try:
+            for scope in self.begins:
+                scope.begin()
+            for scope in self.reads:
+                args, kwargs = scope.collapsed(args), scope.collapsed(kwargs)
+            if self.carrier is not None:
+                result = self.carrier.call(module, original, args, kwargs)
+            else:
+                result = original(module, *args, **kwargs)
+            for scope in self.begins:
+                scope.check_closed(self.name)
+            for scope in self.outer:
+                result = scope.collapsed(result)
+        finally:
+            for scope in self.outer:
+                scope.depth -= 1
+                if scope.depth == 0:
+                    scope.begin()  # keeps no tensor alive
         return result
 
 
@@ -417,7 +437,7 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
         )
     if hasattr(holder, name):
         raise UnsupportedModelError(f"{site.holder or 'The model'!r} has an attribute {name!r} of its own; rename it.")
-    tensor = next(iter((*holder.parameters(), *model.parameters())), None)
+    tensor = next(itertools.chain(holder.parameters(), model.parameters()), None)
     double = site.dtype == "torch.float64"
     holder.add_module(
         name,
@@ -439,7 +459,8 @@ def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
     for name, wiring in analysis.carriers.items():
         inlined = tuple(sorted(part[len(name) :].lstrip(".") for part in wiring.inlined))
         mine = {number: scopes[number] for number in wiring.leaves}
-        role(name).carrier = CarrierRole(name, config, wiring, inlined, mine)
+        shape = CallShape.of(type(model.get_submodule(name)).forward)
+        role(name).carrier = CarrierRole(name, config, wiring, inlined, shape, mine)
     for scope in scopes:
         top = scope.stream.scope
         if any(analysis.carriers[name].leaves[scope.number] != [False] for name in _carriers_of(scope.stream)):
@@ -449,10 +470,12 @@ def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
                 role(".".join(parts[:length])).outer.append(scope)
             for reader in analysis.readers[scope.number]:
                 role(reader).reads.append(scope)
-    for capture in analysis.captures:
-        carrier = roles[capture.call.name].carrier if capture.call.name in roles else None
-        if carrier is not None:
-            _first_variants(model, carrier, capture.call.bound, capture)
+    rewrites: Rewrites = {}
+    for kind, captured in analysis.captures.by_kind.items():
+        carrier = roles[kind.module].carrier if kind.module in roles else None
+        if carrier is not None and not isinstance(captured, CaptureError):
+            module = model.get_submodule(kind.module)
+            _first_variants(module, carrier, kind, analysis.captures.leaves[kind], captured, rewrites)
     return roles
 
 
@@ -460,10 +483,11 @@ def _carriers_of(stream: ResidualStream) -> list[str]:
     return list(dict.fromkeys(site.carrier for site in stream.sites))
 
 
-def _first_variants(model: nn.Module, carrier: CarrierRole, bound: dict[str, Any], capture: Any) -> None:
+def _first_variants(
+    module: nn.Module, carrier: CarrierRole, kind: CallKind, leaves: dict[str, Any], captured: Captured,
+    rewrites: Rewrites,
+) -> None:  # fmt: skip
     """The variants that the example's own calls need: streams arrive behind the first carrier and leave before the last."""
-    module = model.get_submodule(carrier.name)
-    key, leaves = flatten(bound)
     numbers = list(carrier.wiring.leaves)
     ways = set()
     for position in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
@@ -474,8 +498,7 @@ def _first_variants(model: nn.Module, carrier: CarrierRole, bound: dict[str, Any
         )  # fmt: skip
         ways.add((arriving, leaving))
     for arriving, leaving in ways:
-        if (capture.training, key, arriving, leaving) not in carrier.variants:
-            carrier.add(module, capture.training, key, leaves, capture.graph, capture.residuals, arriving, leaving)
+        carrier.add(module, kind.training, kind.key, leaves, *captured, arriving, leaving, rewrites)
 
 
 def _first_carrier(stream: ResidualStream) -> str:

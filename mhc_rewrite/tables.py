@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,10 +125,12 @@ def short_source(source: SourceLine) -> str:
 def _source_cell(source: SourceLine | None) -> Text:
     if source is None:
         return Text("-", style="dim")
-    cell = Text(short_source(source))
-    if source.text:
-        cell.append(f"\n{source.text.strip()}", style="dim")
-    return cell
+    return Text(short_source(source)).append("".join(f"\n{line}" for line in code_lines(source)), style="dim")
+
+
+def code_lines(source: SourceLine) -> list[str]:
+    """The line of code, broken where it is too long for a table."""
+    return textwrap.wrap(source.text, PROSE_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _names(names: Iterable[str]) -> str:

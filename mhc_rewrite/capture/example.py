@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,3 +94,24 @@ def _of_torch(model: nn.Module, device: torch.device, dtype: torch.dtype) -> tup
     source = torch.randn(first, second, attention.embed_dim, device=device, dtype=dtype)
     one_input = isinstance(model, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
     return (source,) if one_input else (source, torch.randn_like(source))
+
+
+def further_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Other ways in which a transformers model is called: without a cache, and with padding.
+
+    Under torch.compile its layers get a mask where eager calls without padding get none, so both have to be known.
+    """
+    if not (hasattr(model, "main_input_name") and hasattr(model, "config")):
+        return []
+    accepted = inspect.signature(model.forward).parameters
+    changes: list[dict[str, Any]] = []
+    tokens = kwargs.get("input_ids")
+    if "attention_mask" in accepted and isinstance(tokens, Tensor) and "attention_mask" not in kwargs and tokens.shape[-1] > 1:
+        mask = torch.ones_like(tokens)
+        mask[0, 0] = 0
+        changes.append({"attention_mask": mask})
+    if "use_cache" in accepted and "use_cache" not in kwargs:
+        changes += [{"use_cache": False}, *({**change, "use_cache": False} for change in changes)]
+    return [(args, {**kwargs, **change}) for change in changes]

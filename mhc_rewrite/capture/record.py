@@ -6,7 +6,6 @@ through code that is never traced, by the identity of the tensors that pass.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite import vocabulary
-from mhc_rewrite.capture.call import PLAIN, CallShape, flatten
+from mhc_rewrite.capture.call import CallShape, flatten
 from mhc_rewrite.model import SourceLine
 
 _OWN_CODE = str(Path(__file__).parents[1])
@@ -111,7 +110,6 @@ class _Recorder(TorchFunctionMode):
         self.recording = recording
         self.values: dict[int, int] = {}
         self.stack: list[int] = []
-        self.paused = False
 
     def value(self, tensor: Tensor) -> int:
         known = self.values.get(id(tensor))
@@ -127,18 +125,15 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
-        inputs = tuple(self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = tuple(self.value(t) for t in tensors)  # before the call, which may change them
         result = func(*args, **kwargs)
         if inputs and self.stack:
-            results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            inplace = vocabulary.is_inplace(func, kwargs)
-            arguments = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            if name_is_setitem := vocabulary.name_of(func) == "setitem":
-                results = [args[0]]
-            fresh = [t for t in results if inplace or name_is_setitem or id(t) not in arguments]
-            self.write(func, inputs, fresh, vocabulary.is_mixing(func))
+            writes = vocabulary.name_of(func) == "setitem"
+            results = [args[0]] if writes else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            if not (writes or vocabulary.is_inplace(func, kwargs)):
+                results = [t for t in results if not any(t is given for given in tensors)]
+            self.write(func, inputs, results, vocabulary.is_mixing(func))
         return result
 
     def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:
@@ -153,8 +148,6 @@ class _Recorder(TorchFunctionMode):
     def enter(self, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         parent = self.stack[-1] if self.stack else -1
-        if next(module.children(), None) is not None:  # a carrier, perhaps: to be called again with these arguments
-            args, kwargs = self.objects_copied(args), self.objects_copied(kwargs)
         bound = CallShape.of(type(module).forward).bind(args, kwargs)
         call = ModuleCall(
             index=len(self.recording.calls), module=module, name=name, parent=parent, bound=bound,
@@ -163,20 +156,6 @@ class _Recorder(TorchFunctionMode):
         call.leaf_values = {p: self.value(v) for p, v in flatten(bound)[1].items() if isinstance(v, Tensor)}
         self.recording.calls.append(call)
         self.stack.append(call.index)
-
-    def objects_copied(self, value: Any) -> Any:
-        """Arguments with objects such as caches as they are now: the call will change them."""
-        if isinstance(value, (Tensor, nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
-            return value
-        if type(value) in (tuple, list):
-            return type(value)(self.objects_copied(item) for item in value)
-        if type(value) is dict:
-            return {key: self.objects_copied(item) for key, item in value.items()}
-        self.paused = True
-        try:
-            return copy.deepcopy(value)
-        finally:
-            self.paused = False
 
     def leave(self, result: Any) -> None:
         call = self.recording.calls[self.stack[-1]]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import json
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mhc_rewrite.cli.errors import UsageError
-from mhc_rewrite.model import ListedGraph, ListedNode, RewritePlan
-from mhc_rewrite.tables import fold, module_name, plain_table, short_source, without_numbers
+from mhc_rewrite.model import ListedGraph, ListedNode
+from mhc_rewrite.tables import PROSE_WIDTH, code_lines, fold, module_name, plain_table, short_source, without_numbers
 
 Stage = Literal["original", "rewritten", "diff"]
 
@@ -45,19 +46,20 @@ class Listing:
         """`transformer.h.{0..11}  GPT2Block x12  (eval)`."""
         names = ", ".join(fold(map(module_name, self.modules)))
         count = f" x{len(self.modules)}" if len(self.modules) > 1 else ""
-        return f"{names}  {self.graph.kind}{count}" + (f"  ({self.graph.call})" if self.graph.call else "")
+        return f"{names}  {self.graph.kind}{count}" + (f"  {self.graph.call}" if self.graph.call else "")
 
     def nodes(self, stage: str) -> tuple[ListedNode, ...]:
         """The nodes of one stage."""
         return self.graph.original if stage == "original" else self.graph.rewritten
 
 
-def merge(graphs: Iterable[ListedGraph]) -> list[Listing]:
-    """Carriers with the same graph as one, in the order of their first call."""
+def merge(graphs: Iterable[ListedGraph], stage: Stage) -> list[Listing]:
+    """Carriers whose graphs are the same in the stage that is shown as one, in the order of their first call."""
     groups: dict[Hashable, list[ListedGraph]] = {}
     for graph in graphs:
-        nodes = tuple(map(_common, (*graph.original, *graph.rewritten)))
-        groups.setdefault((graph.kind, graph.call, len(graph.original), nodes), []).append(graph)
+        nodes = (tuple(map(_common, graph.original)), tuple(map(_common, graph.rewritten)))
+        shown = {"original": nodes[0], "rewritten": nodes[1], "diff": nodes}[stage]
+        groups.setdefault((graph.kind, graph.call, shown), []).append(graph)
     return [Listing(tuple(graph.module for graph in same), _common_graph(same)) for same in groups.values()]
 
 
@@ -94,6 +96,23 @@ def select(graphs: Sequence[ListedGraph], layer: str | None) -> list[ListedGraph
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
+def inline_attributes(nodes: Sequence[ListedNode]) -> tuple[ListedNode, ...]:
+    """Nodes without those that only fetch a parameter or a module: their readers name it instead."""
+    fetched = {node.name: node.target for node in nodes if node.op == "get_attr"}
+    if not fetched:
+        return tuple(nodes)
+    names = re.compile(rf"(?<![\w.'\"])({'|'.join(map(re.escape, fetched))})(?![\w'\"=])")
+    return tuple(
+        dataclasses.replace(
+            node,
+            arguments=names.sub(lambda match: fetched[match[1]], node.arguments),
+            inputs=tuple(name for name in node.inputs if name not in fetched),
+        )
+        for node in nodes
+        if node.name not in fetched
+    )
+
+
 def node_lines(nodes: Sequence[ListedNode], widths: tuple[int, int]) -> list[str]:
     """A line a node: a star where the residual connection is, name, result, operation, role and source."""
     return [
@@ -105,7 +124,7 @@ def node_lines(nodes: Sequence[ListedNode], widths: tuple[int, int]) -> list[str
                 f"= {operation(node)}{_comment(node)}",
             )
         ).rstrip()
-        for node in nodes
+        for node in inline_attributes(nodes)
     ]
 
 
@@ -125,17 +144,20 @@ def result_type(node: ListedNode) -> str:
 
 
 def operation(node: ListedNode) -> str:
-    """`target(arguments)`; a placeholder has no arguments to show."""
+    """`target(arguments)`, or `object.method(arguments)`; a placeholder has no arguments to show."""
     if node.op == "placeholder":
         return "placeholder"
     if node.op == "output":
         return f"return {node.arguments}"
-    return f"{node.target}({node.arguments})" if node.op != "get_attr" else node.target
+    if node.op == "call_method":
+        owner, _, arguments = node.arguments.partition(", ")
+        return f"{owner}.{node.target}({arguments})"
+    return f"{node.target}({node.arguments})"
 
 
 def _widths(graph: ListedGraph) -> tuple[int, int]:
     """Column widths over both stages, so that a line that did not change is the same text in both."""
-    nodes = (*graph.original, *graph.rewritten)
+    nodes = [*inline_attributes(graph.original), *inline_attributes(graph.rewritten)]
     return max((len(n.name) for n in nodes), default=0), max((len(result_type(n)) for n in nodes), default=0)
 
 
@@ -171,14 +193,15 @@ def rich(listings: Sequence[Listing], stage: Stage) -> RenderableType:
 
 def _rich_nodes(nodes: Sequence[ListedNode]) -> RenderableType:
     table = plain_table("node", "result", "operation", "role", "source")
+    table.columns[2].max_width = PROSE_WIDTH
     above = None
-    for node in nodes:
+    for node in inline_attributes(nodes):
         style = STYLES.get(node.role, "")
         source = Text(overflow="fold")
         # Several operations of one line of code show it once, and where the streams are read or written.
         if node.source is not None and (node.role or node.source != above):
             source.append(short_source(node.source))
-            source.append(f"\n{node.source.text.strip()}" if node.source.text else "", style="dim")
+            source.append("".join(f"\n{line}" for line in code_lines(node.source)), style="dim")
         cells = (node.name, result_type(node), operation(node), node.role)
         table.add_row(*(Text(cell, style=style, overflow="fold") for cell in cells), source)
         above = node.source
@@ -202,8 +225,8 @@ def _rich_diff(listing: Listing) -> RenderableType:
 # JSON and graphviz ----------------------------------------------------------------------------------------------------
 
 
-def as_json(listings: Sequence[Listing], stage: Stage, plan: RewritePlan, spec: str) -> str:
-    """One object; keys stay, and new ones may come."""
+def as_json(listings: Sequence[Listing], stage: Stage, **about: Any) -> str:
+    """One object; keys stay, and new ones may come. `about` says what is listed, and how it was made."""
     stages = ("original", "rewritten") if stage == "diff" else (stage,)
     graphs = []
     for listing in listings:
@@ -217,8 +240,7 @@ def as_json(listings: Sequence[Listing], stage: Stage, plan: RewritePlan, spec: 
         if stage == "diff":
             entry["diff"] = diff_lines(listing)
         graphs.append(entry)
-    data = {"spec": spec, "model": plan.model, "config": plan.config.to_dict(), "stage": stage, "graphs": graphs}
-    return json.dumps(data, indent=2)
+    return json.dumps({**about, "stage": stage, "graphs": graphs}, indent=2)
 
 
 def dot(listings: Sequence[Listing], stage: Stage) -> str:
@@ -228,14 +250,15 @@ def dot(listings: Sequence[Listing], stage: Stage) -> str:
         for name in ("original", "rewritten") if stage == "diff" else (stage,):
             label = listing.title + (f"\n{name}" if stage == "diff" else "")
             lines += [f"  subgraph cluster_{index}_{name} {{", f"    label={_quoted(label)};"]
-            ids = {node.name: _quoted(f"{index}.{name}.{node.name}") for node in listing.nodes(name)}
-            for node in listing.nodes(name):
-                text = "\n".join(
-                    (f"{node.name} = {node.target}", result_type(node), *([node.role] if node.role else []))
-                )
+            nodes = inline_attributes(listing.nodes(name))
+            ids = {node.name: _quoted(f"{index}.{name}.{node.name}") for node in nodes}
+            for node in nodes:
+                title = f"{node.name}: {node.target}" if node.target != node.name else node.name
+                result = result_type(node) if node.shape is not None else ""
+                text = "\n".join(filter(None, (title, result, node.role)))
                 colour = COLOURS.get(node.role, "white")
                 lines.append(f"    {ids[node.name]} [label={_quoted(text)}, fillcolor={colour}];")
-            for node in listing.nodes(name):
+            for node in nodes:
                 lines += [f"    {ids[source]} -> {ids[node.name]};" for source in node.inputs if source in ids]
             lines.append("  }")
     return "\n".join([*lines, "}"])

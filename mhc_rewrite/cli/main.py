@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Optional
 
@@ -92,16 +93,14 @@ def print_graphs(
     with _working(f"Rewriting {model}"):
         built, inputs = spec.load(model, config or ())
         mhc_rewrite.mhcify(built, inputs, n_streams=n, include=tuple(include or ()), exclude=tuple(exclude or ()))
-        report, graphs = mhc_rewrite.report(built), mhc_rewrite.graphs(built)
-        listings = listing.merge(listing.select(graphs, layer))
-    if not listings:
-        _tell(Text(" ".join(("Nothing was rewritten.", *report.plan.notes))))
+        graphs = mhc_rewrite.graphs(built) if n > 1 else []
+        listings = listing.merge(listing.select(graphs, layer), stage.value)
     if format is GraphFormat.rich:
         _show(listing.rich(listings, stage.value))
     elif format is GraphFormat.text:
         print(listing.text(listings, stage.value))
     elif format is GraphFormat.json:
-        print(listing.as_json(listings, stage.value, report.plan, model))
+        print(listing.as_json(listings, stage.value, spec=model, model=type(built).__name__, n_streams=n))
     else:
         print(listing.dot(listings, stage.value))
 
@@ -155,13 +154,18 @@ def _tell(message: Text) -> None:
 
 @contextlib.contextmanager
 def _working(what: str) -> Iterator[None]:
-    """While a model is at work: its prints go to stderr, errors become one message."""
+    """While a model is at work: its prints go to stderr, warnings and errors become one message each."""
     try:
-        with contextlib.redirect_stdout(sys.stderr), _spinner(what):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _spinner(what):
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     except (CommandError, MHCError) as error:
         _tell(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(error.exit_code if isinstance(error, CommandError) else 1) from error
+
+
+def _show_warning(message: Warning | str, *place: Any) -> None:
+    _tell(Text.assemble(("warning: ", "bold yellow"), str(message)))
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class FoundSite:
         channel_dim: the axis that the branch mixes, -1 or 1.
         key: what names this add in every capture of the same forward: holder, file, line, occurrence.
         absorbed: inner sums that became part of this one.
+        place: the add's number among the graph's nodes.
     """
 
     add: fx.Node
@@ -49,6 +50,7 @@ class FoundSite:
     channel_dim: int = -1
     key: SiteKey = ("", "", 0, 0)
     absorbed: set[fx.Node] = field(default_factory=set)
+    place: int = 0
 
 
 @dataclass(eq=False)
@@ -106,6 +108,7 @@ class _Finder:
         for site in self.sites.values():
             source = site.add.meta.get("source") or SourceLine("", 0, "")
             key = (site.add.meta.get("holder", ""), source.file, source.line, 0)
+            site.place = self.order[site.add]
             site.key = (*key[:3], seen.setdefault(key, 0))
             seen[key] += 1
 

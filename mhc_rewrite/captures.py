@@ -1,0 +1,173 @@
+"""Collects the calls of chosen modules in one run of a model, and captures each kind of call once.
+
+Layers that are alike share a capture: the same class, attributes, structure and kind of call give the same graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_rewrite.capture.call import PLAIN, CallShape, flatten
+from mhc_rewrite.capture.state import undisturbed
+from mhc_rewrite.capture.trace import ModuleGraph, trace
+from mhc_rewrite.errors import CaptureError
+from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
+
+Captured = tuple[ModuleGraph, Residuals]
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """What a capture depends on besides the module: its mode, and the call's key."""
+
+    module: str
+    training: bool
+    key: tuple[Any, ...]
+
+
+class Captures:
+    """The captures made so far, by kind of call and by likeness of modules."""
+
+    def __init__(self, model: nn.Module, inlined: dict[str, set[str]]) -> None:
+        self.model = model
+        self.inlined = inlined
+        self.by_kind: dict[CallKind, Captured | CaptureError] = {}
+        self.leaves: dict[CallKind, dict[str, Any]] = {}
+        self._alike: dict[Any, Captured] = {}
+
+    def collect(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+        """Runs the model and captures every kind of call of the carriers that it shows for the first time."""
+        waiting: list[tuple[CallKind, Any, dict[str, Any]]] = []
+        seen: set[Any] = set()
+
+        def before(name: str) -> Callable[..., None]:
+            shape = CallShape.of(type(self.model.get_submodule(name)).forward)
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                bound = shape.bind(args, kwargs)
+                key, leaves = flatten(bound)
+                kind = CallKind(name, training, key)
+                if kind in self.by_kind or any(kind == other for other, *_ in waiting):
+                    return
+                like = (self.likeness(name), training, key)
+                # Only the first of its like is called again, so only it needs its arguments as they are now.
+                waiting.append((kind, like, bound if like in seen or like in self._alike else _as_now(bound)))
+                seen.add(like)
+                self.leaves[kind] = {path: _form(value) for path, value in leaves.items()}
+
+            return hook
+
+        handles = [
+            self.model.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True)
+            for name in self.inlined
+        ]  # fmt: skip
+        try:
+            with undisturbed(self.model):
+                self.model.train(training)
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for kind, like, bound in waiting:
+            captured = self._alike.get(like)
+            if captured is None:
+                try:
+                    captured = capture_forward(
+                        self.model.get_submodule(kind.module), kind.module, bound,
+                        {self.model.get_submodule(part) for part in self.inlined[kind.module]}, training,
+                    )  # fmt: skip
+                except CaptureError as error:
+                    self.by_kind[kind] = error
+                    continue
+                if not captured[0].constants:  # objects from elsewhere may belong to this very module
+                    self._alike[like] = captured
+            self.by_kind[kind] = captured
+
+    def likeness(self, name: str) -> Any:
+        """What a module's graph can depend on. Equal for layers that differ in weights and in their number alone."""
+        carrier = self.model.get_submodule(name)
+        inlined = {self.model.get_submodule(part) for part in self.inlined[name]} | {carrier}
+        return tuple(
+            (path, type(module), _attributes(module, module in inlined),
+             tuple((n, tuple(t.shape), t.dtype) for n, t in module.named_parameters(recurse=False)))
+            for path, module in carrier.named_modules()
+        )  # fmt: skip
+
+
+def capture_forward(
+    module: nn.Module, name: str, bound: dict[str, Any], inlined: Iterable[nn.Module], training: bool,
+    forward: Callable[..., Any] | None = None,
+) -> Captured:  # fmt: skip
+    """Captures a carrier's forward on bound arguments and finds its residual adds; leaves the module as it was.
+
+    Args:
+        module: the carrier, `name` its name in the model.
+        bound: arguments by name.
+        inlined: the modules captured with it.
+        training: the mode of the carrier and all below it, if they are not in a mode of their own.
+        forward: its original forward; by default its class's.
+
+    Raises:
+        CaptureError: the forward can't be captured.
+    """
+    with undisturbed(module):
+        if module.training is not training:
+            module.train(training)
+        graph = trace(module, name, forward or type(module).forward, bound, set(inlined))
+        return graph, find_residuals(graph, module)
+
+
+def _as_now(bound: dict[str, Any]) -> dict[str, Any]:
+    """Bound arguments with copies of objects such as caches: the call will change them."""
+    return {name: _copied(value) for name, value in bound.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, (Tensor, nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def _form(value: Any) -> Any:
+    """A leaf for later comparison of dtypes: a tensor without content."""
+    return torch.empty(0, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else None
+
+
+def _attributes(module: nn.Module, traced: bool) -> Any:
+    """The attributes that a module's own code names: all of them where the code is captured, flags otherwise."""
+    used = _names_used(type(module))
+    found = []
+    for name, value in module.__dict__.items():
+        if name.startswith("_") or name not in used:
+            continue
+        if isinstance(value, (bool, str)) or value is None:
+            found.append((name, value))
+        elif traced:
+            found.append((name, value if isinstance(value, (int, float)) else id(value)))
+    return tuple(found)
+
+
+def _names_used(kind: type) -> frozenset[str]:
+    """Names that any method of a class but its constructor mentions."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base is nn.Module:
+            break
+        for name, function in vars(base).items():
+            while hasattr(function, "__wrapped__"):
+                names.update(function.__code__.co_names if isinstance(function, FunctionType) else ())
+                function = function.__wrapped__
+            if isinstance(function, FunctionType) and name != "__init__":
+                names.update(function.__code__.co_names)
+    return frozenset(names)

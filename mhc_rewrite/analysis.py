@@ -258,7 +258,8 @@ def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualSt
     lifted: list[str] = []
     for before, segment in zip((None, *linked.segments), linked.segments, strict=False):
         between = [*(before.trunk.after if before else []), *(segment.trunk.before if before else [])]
-        lifts = [*between, *(lift for site in segment.trunk.sites for lift in site.lifts)]
+        first, *rest = segment.trunk.sites
+        lifts = [*between, *first.lifts[: first.chain.index(first.read)], *(lift for site in rest for lift in site.lifts)]
         lifted += [f"{segment.call.name or 'model'}: {lift.node.name}" for lift in lifts]
     return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(dict.fromkeys(lifted)))
 

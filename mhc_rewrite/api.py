@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.analysis import Analysis, analyse
 from mhc_rewrite.capture.call import describe
 from mhc_rewrite.capture.example import example_call
+from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
 from mhc_rewrite.hyper_connection import HyperConnection
@@ -35,7 +37,7 @@ def plan(
     Raises:
         MHCError: as `mhcify`.
     """
-    return _analyse(model, example_inputs, config, filter_fn, fields).plan
+    return _analyse(model, example_inputs, config, filter_fn, fields)[2].plan
 
 
 def mhcify(
@@ -66,7 +68,7 @@ def mhcify(
         NoResidualError: there is no residual stream to rewrite.
         UnsupportedModelError: TorchScript, or a trunk whose dtype or layout has no streams.
     """
-    analysis = _analyse(model, example_inputs, config, filter_fn, fields)
+    args, kwargs, analysis = _analyse(model, example_inputs, config, filter_fn, fields)
     chosen = analysis.plan.config
     if chosen.n_streams == 1:
         warnings.warn("n_streams=1 is the model as it is: nothing was rewritten.", stacklevel=2)
@@ -78,6 +80,11 @@ def mhcify(
             stacklevel=2,
         )
     install(model, analysis)
+    try:
+        _verify(model, args, kwargs, analysis)
+    except BaseException:
+        uninstall(model)
+        raise
     model.__dict__[_PLAN] = analysis.plan
     return model
 
@@ -154,13 +161,40 @@ def _analyse(
     config: MHCConfig | None,
     filter_fn: Callable[[ResidualSite], bool] | None,
     fields: Mapping[str, Any],
-) -> Analysis:
+) -> tuple[tuple[Any, ...], dict[str, Any], Analysis]:
     if config is not None and fields:
         raise ConfigError(f"Give either config= or fields, not both (got config and {', '.join(fields)}).")
     chosen = config or MHCConfig.from_fields(fields)
     _check_model(model)
     args, kwargs = example_call(model, example_inputs)
-    return analyse(model, args, kwargs, chosen, filter_fn)
+    return args, kwargs, analyse(model, args, kwargs, chosen, filter_fn)
+
+
+def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], analysis: Analysis) -> None:
+    """Calls the converted model on the example: code between the captured modules may not bear streams."""
+    with undisturbed(model):
+        model.eval()
+        try:
+            result = model(*args, **kwargs)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), so nothing "
+                "was changed. Code between its layers reads the residual stream in a way that the analysis did not see."
+            ) from error
+    before = [x for x in tree_leaves(analysis.results[False]) if isinstance(x, Tensor)]
+    after = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+    for old, new in zip(before, after, strict=True):
+        same = old.shape == new.shape
+        if same and analysis.plan.config.init == "preserve" and old.is_floating_point() and not old.is_meta:
+            bits = torch.finfo(old.dtype).bits
+            tolerance = {64: 1e-8, 32: 1e-3, 16: 0.2}[bits] * (1 + old.abs().max() if old.numel() else 1)
+            same = bool(((old - new).abs() <= tolerance).logical_or(old.isnan() & new.isnan()).logical_or(old == new).all())
+        if not same:
+            raise UnsupportedModelError(
+                f"The converted {type(model).__name__} returns something else than the original on the example, "
+                f"{tuple(new.shape)} for {tuple(old.shape)}, so nothing was changed. Code between its layers reads the "
+                "residual stream in a way that the analysis did not see."
+            )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -140,8 +140,8 @@ def _copied(value: Any) -> Any:
 
 
 def _form(value: Any) -> Any:
-    """A leaf for later comparison of dtypes: a tensor without content."""
-    return torch.empty(0, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else None
+    """A leaf for later comparison of dtypes and sizes: a tensor without memory of its own."""
+    return value.new_empty(1).expand(value.shape) if isinstance(value, Tensor) else None
 
 
 def _attributes(module: nn.Module, traced: bool) -> Any:

@@ -90,7 +90,10 @@ class Scope:
 
 @dataclass
 class Variant:
-    """One rewritten forward: for one kind of call, with the streams coming in and going out in one way."""
+    """One rewritten forward: for one kind of call, with the streams coming in and going out in one way.
+
+    It holds where `guards` give what is `expected`, and the leaves have these `dtypes` and `sizes`, if any are named.
+    """
 
     function: Callable[..., Any]
     guards: Callable[..., Any] | None
@@ -98,6 +101,7 @@ class Variant:
     constants: tuple[Any, ...]
     outgoing: tuple[int, ...]
     dtypes: tuple[Any, ...] | None
+    sizes: tuple[Any, ...] | None
     captured: ModuleGraph
     rewrite: Rewrite
     sites: tuple[FoundSite, ...]
@@ -170,10 +174,14 @@ class CarrierRole:
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
             if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
                 continue
-            if variant.guards is not None:
-                sizes = self.as_trunk(leaves, arriving, form_only=True)
-                if tuple(variant.guards(module, *sizes.values(), *variant.constants)) != variant.expected:
+            if variant.guards is not None or variant.sizes is not None:
+                trunk = self.as_trunk(leaves, arriving, form_only=True)
+                if variant.sizes is not None and variant.sizes != _sizes(trunk):
                     continue
+                if variant.guards is not None:
+                    found = tuple(variant.guards(module, *trunk.values(), *variant.constants))
+                    if found != variant.expected:
+                        continue
             return variant
         return None
 
@@ -193,7 +201,8 @@ class CarrierRole:
                 bound[path] = value  # a trunk is an argument of its own
         inlined = [module.get_submodule(path) for path in self.inlined]
         captured, residuals = capture_forward(module, self.name, bound, inlined, module.training, original)
-        return self.add(module, module.training, key, leaves, captured, residuals, arriving, leaving, {})
+        trunk = self.as_trunk(leaves, arriving, form_only=True)
+        return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
 
     def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
@@ -232,6 +241,7 @@ class CarrierRole:
             constants=captured.constants,
             outgoing=rewrite.outgoing,
             dtypes=_dtypes(leaves) if captured.asks_dtype else None,
+            sizes=_sizes(leaves) if captured.pinned else None,
             captured=captured,
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
@@ -377,6 +387,10 @@ def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:
         *(t.dtype for t in tensors),
         *(torch.get_autocast_dtype(d) for d in sorted(autocast) if torch.is_autocast_enabled(d)),
     )
+
+
+def _sizes(leaves: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(tuple(value.shape) for value in leaves.values() if isinstance(value, Tensor))
 
 
 # -- putting in and taking out ---------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class ModuleGraph:
         constants: objects that the forward got from elsewhere.
         guards: conditions on sizes.
         asks_dtype: whether the forward looked at a dtype.
+        pinned: whether it holds for inputs of the example's sizes only.
     """
 
     module: str
@@ -62,6 +63,7 @@ class ModuleGraph:
     constants: tuple[Any, ...] = ()
     guards: list[Guard] = field(default_factory=list)
     asks_dtype: bool = False
+    pinned: bool = False
 
 
 class TracedValue(fx.Proxy):
@@ -258,6 +260,7 @@ class ModuleTracer(fx.Tracer):
                 changed.node = node  # every name that the forward has for this tensor now means the result
                 return changed
             if isinstance(value, bool):
+                node.meta["guard"] = True
                 self.captured.guards.append(Guard(node, value))
                 return value
             return self._wrap(node, value)
@@ -365,6 +368,7 @@ class ModuleTracer(fx.Tracer):
         expected = traced.value
         node = self.graph.call_function(operator.eq, (traced.node, expected))
         node.meta["source"] = user_line()
+        node.meta["guard"] = True
         self.captured.guards.append(Guard(node, True))
         return convert(expected)
 
@@ -384,20 +388,20 @@ class ModuleTracer(fx.Tracer):
         return value is None and target is not getattr
 
     def _check_guards(self) -> None:
-        """A guard is evaluated before the graph runs, so it may depend on the sizes of the inputs alone."""
+        """A guard is evaluated before the graph runs, so it may depend on the sizes of the inputs alone.
+
+        A branch on an intermediate result's size pins the capture to the sizes of its inputs instead.
+        """
+        kept = []
         for guard in self.captured.guards:
-            todo = [guard.node]
-            while todo:
-                node = todo.pop()
-                if node.op == "placeholder":
-                    continue
-                reads_form = node.op == "call_method" and node.target in vocabulary.FORM or node.target is getattr
-                arithmetic = node.op == "call_function" and getattr(node.target, "__module__", "") in (
-                    "_operator", "operator", "builtins", "math")  # fmt: skip
-                if not (reads_form or arithmetic) or ("shape" in node.meta):
-                    raise self._error(guard.node.meta.get("source"), "it branches on the size or content of an "
-                                      "intermediate result")  # fmt: skip
-                todo.extend(node.all_input_nodes)
+            origin = _origin(guard.node)
+            if origin == "content":
+                raise self._error(guard.node.meta.get("source"), "it branches on the content of a tensor")
+            if origin == "inputs":
+                kept.append(guard)
+            else:
+                self.captured.pinned = True
+        self.captured.guards = kept
 
     # -- what may not be ---------------------------------------------------------------------------------------------
 
@@ -423,19 +427,37 @@ class ModuleTracer(fx.Tracer):
 def capture_error(name: str, module: nn.Module, source: SourceLine | None, why: str) -> CaptureError:
     """The error for a forward that can't be captured, with the way out."""
     where = f" at {source}" if source else ""
-    return CaptureError(
-        f"The forward of {name or 'the model'!r} ({type(module).__name__}) can't be captured{where}: {why}. "
-        f"Change that line, or leave the module out with exclude=({name or '<site name>'!r},)."
-    )
+    way_out = f"Change that line, or leave the module out with exclude=({name!r},)." if name else "Change that line."
+    return CaptureError(f"The forward of {name or 'the model'!r} ({type(module).__name__}) can't be captured{where}: {why}. "
+                        f"{way_out}")  # fmt: skip
 
 
 def _real(structure: Any) -> Any:
     return fx.node.map_aggregate(structure, lambda leaf: leaf.value if isinstance(leaf, TracedValue) else leaf)
 
 
+def _origin(node: fx.Node) -> str:
+    """What a size or a condition on sizes comes from: `"inputs"`, `"intermediate"` results, or a tensor's `"content"`."""
+    origin, todo = "inputs", [node]
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            continue
+        if "shape" in node.meta:
+            origin = "intermediate"
+            continue
+        reads_form = (node.op == "call_method" and node.target in vocabulary.FORM) or node.target is getattr
+        arithmetic = node.op == "call_function" and getattr(node.target, "__module__", "") in (
+            "_operator", "operator", "builtins", "math")  # fmt: skip
+        if not (reads_form or arithmetic):
+            return "content"
+        todo.extend(node.all_input_nodes)
+    return origin
+
+
 def has_effects(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it."""
-    if node.op in ("placeholder", "output", "call_module") or node.meta.get("inplace"):
+    if node.op in ("placeholder", "output", "call_module") or node.meta.get("inplace") or node.meta.get("guard"):
         return True
     if node.op == "call_method":  # a method of an object that is no tensor, a cache say
         return bool(node.meta.get("on_object")) and node.target not in vocabulary.FORM

@@ -156,7 +156,7 @@ class _Writer:
                 run, lift = self.lift_at[node]
                 lifted = lifting.write(self.graph, lift, self.wide[lift.trunk], self._reader(node), run.channel_dim)
                 self._widen(node, run, self._mark(lifted, "trunk", run, node))
-            elif node not in self.absorbed:
+            elif node not in self.absorbed and not node.meta.get("guard"):
                 self.plain[node] = self.graph.node_copy(node, self._reader(node))
             if node in entering and node not in self.wide:
                 run = entering[node]

@@ -23,7 +23,7 @@ from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePl
 from mhc_rewrite.passes.expand_streams import SiteTarget
 from mhc_rewrite.passes.find_carriers import find_carriers
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
-from mhc_rewrite.passes.link_streams import LinkedStream, SiteRef, link_streams, site_ref
+from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_streams, site_ref
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,12 +35,14 @@ class CarrierWiring:
     Attributes:
         inlined: names of the modules captured as part of it.
         targets: adds to rewrite, by key.
+        known: all residual adds that the example showed, by key.
         entries: leaf path -> (rank of the trunk, stream number): where streams may come in.
         leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
     """
 
     inlined: set[str] = field(default_factory=set)
     targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
+    known: set[SiteKey] = field(default_factory=set)
     entries: dict[str, tuple[int, int]] = field(default_factory=dict)
     leaves: dict[int, list[bool]] = field(default_factory=dict)
 
@@ -53,7 +55,8 @@ class Analysis:
         plan: the plan.
         carriers: wiring by carrier name.
         captures: the captured forwards, by kind of call.
-        readers: stream number -> modules that read the mean of its trunk in the middle.
+        readers: stream number -> modules that read the mean of its trunk.
+        may_end_early: streams whose last layers may be skipped.
         results: what the model returned on the example, per mode.
     """
 
@@ -61,6 +64,7 @@ class Analysis:
     carriers: dict[str, CarrierWiring]
     captures: Captures
     readers: dict[int, set[str]]
+    may_end_early: set[int]
     results: dict[bool, Any]
 
 
@@ -73,6 +77,7 @@ class _Mode:
     calls: list[tuple[ModuleCall, Residuals]]
     streams: list[LinkedStream]
     rejections: list[Rejection]
+    endings: list[Ending]
     result: Any
 
 
@@ -99,17 +104,7 @@ def analyse(
     except ExampleInputsError as error:
         why = str(error.__cause__).splitlines()[0]
         notes.append(f"The example can't be run in training mode ({why}); that variant is captured at its first call.")
-    carriers = [find_carriers(recording, config.min_sites) for recording, _ in runs]
-    inlined: dict[str, set[str]] = {}
-    for (recording, _), (chosen, _) in zip(runs, carriers, strict=True):
-        for carrier in chosen:
-            inlined.setdefault(recording.calls[carrier.call].name, set()).update(carrier.inlined)
-    captures = Captures(model, inlined)
-    modes = []
-    for training, (recording, result), (chosen, rejected) in zip((False, True), runs, carriers, strict=False):
-        captures.collect(args, kwargs, training)
-        calls = [recording.calls[carrier.call] for carrier in chosen]
-        modes.append(_link(recording, calls, captures, rejected, config, training, result))
+    captures, modes = _capture_and_link(model, args, kwargs, config, runs)
     rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
     sites = _name_sites(model, modes)
     _check_patterns(config, sites.values(), modes)
@@ -117,6 +112,7 @@ def analyse(
     streams: list[ResidualStream] = []
     kept: list[tuple[SiteRef, ...]] = []
     readers: dict[int, set[str]] = {}
+    may_end_early: set[int] = set()
     for chain, linked in chains:
         chosen = [replace(sites[ref], excluded=not _wanted(sites[ref], config, filter_fn)) for ref in chain]
         included = [i for i, site in enumerate(chosen) if not site.excluded]
@@ -129,6 +125,8 @@ def analyse(
         kept.append(chain[part])
         streams.append(_stream(tuple(chosen[part]), linked))
         readers[number] = linked.readers
+        if linked.may_end_early and chain[part] == linked.refs:
+            may_end_early.add(number)
     plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(dict.fromkeys(rejections)), tuple(notes))
     if not streams:
         raise NoResidualError(_nothing_found(model, plan, sites.values()))
@@ -136,8 +134,8 @@ def analyse(
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
             captures.collect(more_args, more_kwargs, mode.training)
-    wiring = _wire(modes, streams, kept, inlined)
-    return Analysis(plan, wiring, captures, readers, {mode.training: mode.result for mode in modes})
+    wiring = _wire(modes, streams, kept, captures.inlined)
+    return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Recording, Any]:
@@ -154,6 +152,54 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traini
             ) from error
 
 
+def _capture_and_link(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig, runs: list[tuple[Recording, Any]]
+) -> tuple[Captures, list[_Mode]]:
+    """Captures the carriers and links their streams; where a parent's own code reads a trunk, captures the parent too."""
+    parents: frozenset[str] = frozenset()
+    while True:
+        chosen = [find_carriers(recording, config.min_sites, parents) for recording, _ in runs]
+        inlined: dict[str, set[str]] = {}
+        for (recording, _), (carriers, _) in zip(runs, chosen, strict=True):
+            for carrier in carriers:
+                inlined.setdefault(recording.calls[carrier.call].name, set()).update(carrier.inlined)
+        captures = Captures(model, inlined)
+        modes = []
+        for training, (recording, result), (carriers, rejected) in zip((False, True), runs, chosen, strict=False):
+            captures.collect(args, kwargs, training)
+            calls = [recording.calls[carrier.call] for carrier in carriers]
+            modes.append(_link(recording, calls, captures, rejected, config, training, result))
+        further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
+        if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):
+            return captures, modes
+        parents |= further
+
+
+def _can_capture(
+    captures: Captures, args: tuple[Any, ...], kwargs: dict[str, Any], parents: frozenset[str],
+    inlined: dict[str, set[str]], modes: list[_Mode],
+) -> bool:  # fmt: skip
+    """Whether the parents' forwards, with all carriers in them, can be captured. If not, the streams end where they are read."""
+    trial = Captures(captures.model, {
+        parent: {part for name, parts in inlined.items() if _inside(name, parent) for part in (*_path(parent, name), *parts)}
+        for parent in parents
+    })  # fmt: skip
+    for mode in modes:
+        trial.collect(args, kwargs, mode.training)
+    return not any(isinstance(captured, CaptureError) for captured in trial.by_kind.values())
+
+
+def _inside(name: str, parent: str) -> bool:
+    return parent == "" or name.startswith(parent + ".")
+
+
+def _path(parent: str, name: str) -> list[str]:
+    """The modules from below `parent` down to `name`, `name` with them."""
+    parts = name[len(parent) :].lstrip(".").split(".")
+    prefix = parent + "." if parent else ""
+    return [prefix + ".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def _link(
     recording: Recording, chosen: list[ModuleCall], captures: Captures, rejections: list[Rejection], config: MHCConfig,
     training: bool, result: Any,
@@ -168,9 +214,10 @@ def _link(
             continue
         calls.append((call, captured[1]))
     found = {id(residuals): residuals for _, residuals in calls}  # layers that are alike share one
-    streams, ends = link_streams(recording, calls)
-    rejected = [*rejections, *(r for residuals in found.values() for r in residuals.rejections), *ends]
-    return _Mode(training, recording, calls, streams, rejected, result)
+    streams, endings = link_streams(recording, calls)
+    rejected = [*rejections, *(r for residuals in found.values() for r in residuals.rejections)]
+    rejected += [ending.rejection for ending in endings]
+    return _Mode(training, recording, calls, streams, rejected, endings, result)
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------
@@ -298,6 +345,7 @@ def _wire(
             wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
+            carriers[call.name].known.update(site.key for site in trunk.sites)
             target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
                 entry = (len(trunk.source.meta["shape"]), target.stream)

@@ -6,6 +6,7 @@ So the model stays the model: `isinstance`, signatures, hooks, `state_dict` name
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -46,6 +47,7 @@ class Scope:
         emitted: trunk tensors that carriers returned as streams.
         calls: how often each carrier was called, for those that the stream passes more than once.
         open: whether streams have come out that no carrier has collapsed yet.
+        may_end_early: whether that is no harm at the end: all who read it take the mean.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Scope:
     emitted: list[Tensor] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     open: bool = False
+    may_end_early: bool = False
 
     @property
     def channel_dim(self) -> int:
@@ -79,7 +82,7 @@ class Scope:
         return isinstance(value, Tensor) and any(value is tensor for tensor in self.emitted)
 
     def check_closed(self, where: str) -> None:
-        if self.open:
+        if self.open and not self.may_end_early:
             self.begin()
             raise StreamError(
                 f"In {where or 'the model'!r} a residual stream was not collapsed: {self.stream.exit!r}, which ends it, "
@@ -219,12 +222,15 @@ class CarrierRole:
         residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
     ) -> Variant:  # fmt: skip
         """Rewrites a captured forward for one way of coming in and going out; `rewrites` are those made before."""
-        known = {site.key for trunk in residuals.trunks for site in trunk.sites}
-        if self.wiring.targets and known.isdisjoint(self.wiring.targets):
+        found = {site.key for trunk in residuals.trunks for site in trunk.sites}
+        if found.isdisjoint(self.wiring.targets) or not found <= self.wiring.known:
+            new = sorted(f"{key[1]}:{key[2]}" for key in found - self.wiring.known)
             raise StreamError(
-                f"{self.name or 'the model'!r}, called as {describe(key, training)}, shows none of the residual adds that "
-                "were converted. Convert again with example inputs of this kind."
-            )
+                f"{self.name or 'the model'!r}, called as {describe(key, training)}, "
+                + (f"runs residual adds that the example inputs did not ({', '.join(new)})" if new else
+                   "runs none of the residual adds that were converted")
+                + ". Convert again with example inputs of this kind."
+            )  # fmt: skip
         like = (id(captured), tuple(self.wiring.targets.items()), arriving, leaving)
         if like not in rewrites:
             rewrite = expand_streams(
@@ -464,7 +470,10 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
 
 def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
     config = analysis.plan.config
-    scopes = [Scope(number, stream, config.collapse) for number, stream in enumerate(analysis.plan.streams)]
+    scopes = [
+        Scope(number, stream, config.collapse, may_end_early=number in analysis.may_end_early)
+        for number, stream in enumerate(analysis.plan.streams)
+    ]
     roles: dict[str, Role] = {}
 
     def role(name: str) -> Role:
@@ -512,7 +521,8 @@ def _first_variants(
         )  # fmt: skip
         ways.add((arriving, leaving))
     for arriving, leaving in ways:
-        carrier.add(module, kind.training, kind.key, leaves, *captured, arriving, leaving, rewrites)
+        with contextlib.suppress(StreamError):  # a further call of ours may show other adds; a user's such call will say so
+            carrier.add(module, kind.training, kind.key, leaves, *captured, arriving, leaving, rewrites)
 
 
 def _first_carrier(stream: ResidualStream) -> str:

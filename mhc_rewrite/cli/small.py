@@ -71,7 +71,8 @@ def _narrow_fields(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(width, int) or width <= WIDTH:
         return {}
     if isinstance(heads, int) and heads > 1 and width % heads == 0:
-        numerator, denominator = min(heads, HEADS), heads
+        # Two heads rather than four where one head alone is wide, as in Gemma.
+        numerator, denominator = min(heads, HEADS if width // heads <= WIDTH else 2), heads
     else:
         heads, numerator, denominator = None, WIDTH, width
     narrow: dict[str, Any] = {}

@@ -39,8 +39,13 @@ class _Candidate:
     before: set[int]  # candidates that the trunk comes from
 
 
-def find_carriers(recording: Recording, min_sites: int) -> tuple[list[Carrier], list[Rejection]]:
-    """The carriers, outermost only and in the order of their calls, and the adds that can't be sites."""
+def find_carriers(
+    recording: Recording, min_sites: int, parents: frozenset[str] = frozenset()
+) -> tuple[list[Carrier], list[Rejection]]:
+    """The carriers, outermost only and in the order of their calls, and the adds that can't be sites.
+
+    Modules named in `parents` are captured with all carriers inside them.
+    """
     candidates, rejections = _find_candidates(recording)
     chains = _chains(candidates)
     carriers: dict[int, Carrier] = {}
@@ -52,12 +57,14 @@ def find_carriers(recording: Recording, min_sites: int) -> tuple[list[Carrier], 
                 "one site alone has nothing to mix"))  # fmt: skip
             continue
         homes.append((_home(recording, candidate), candidate.operation.call))
-    outer = {home for home, _ in homes}
+    outer = {home for home, _ in homes} | {call.index for call in recording.calls if call.name in parents}
     for home, holder in homes:
         top = next(call for call in recording.ancestry(home) if call in outer)
         carrier = carriers.setdefault(top, Carrier(top))
         chain = recording.ancestry(holder)
         carrier.inlined.update(recording.calls[c].name for c in chain[chain.index(top) + 1 :])
+    for carrier in carriers.values():
+        carrier.inlined.discard(recording.calls[carrier.call].name)
     return [carriers[call] for call in sorted(carriers)], _unique(rejections)
 
 

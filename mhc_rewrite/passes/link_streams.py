@@ -46,12 +46,14 @@ class LinkedStream:
     Attributes:
         segments: at least one.
         scope: name of the innermost module whose call runs all of it.
-        readers: modules that read the trunk between segments; they get the mean.
+        readers: modules that read the trunk between segments or at its end; they get the mean.
+        may_end_early: whether whoever reads the end would take the mean of an earlier layer's streams as well.
     """
 
     segments: list[Segment]
     scope: str = ""
     readers: set[str] = field(default_factory=set)
+    may_end_early: bool = False
 
     @property
     def refs(self) -> tuple[SiteRef, ...]:
@@ -59,9 +61,17 @@ class LinkedStream:
         return tuple(ref for segment in self.segments for ref in segment.refs)
 
 
+@dataclass
+class Ending:
+    """A place where a stream ends that might have gone on: code of `parent` reads the trunk there."""
+
+    parent: str
+    rejection: Rejection
+
+
 def link_streams(
     recording: Recording, found: list[tuple[ModuleCall, Residuals]]
-) -> tuple[list[LinkedStream], list[Rejection]]:
+) -> tuple[list[LinkedStream], list[Ending]]:
     """The streams of one run, each once, and the places where one ends that might have gone on."""
     segments = [_segment(call, trunk) for call, residuals in found for trunk in residuals.trunks]
     readers = defaultdict(list)
@@ -72,7 +82,7 @@ def link_streams(
     for segment in segments:
         if segment.came_in is not None:
             taker.setdefault(segment.came_in, segment)
-    streams, rejections, linked = [], [], set()
+    streams, endings, linked = [], [], set()
     for segment in segments:
         if id(segment) in linked:
             continue
@@ -81,14 +91,17 @@ def link_streams(
             last = stream.segments[-1]
             modules, trouble = _readers_between(recording, readers, last, following)
             if trouble is not None:
-                rejections.append(trouble)
+                endings.append(trouble)
                 break
             stream.readers |= modules
             stream.segments.append(following)
             linked.add(id(following))
+        if id(segment) not in linked and (trouble := _lost_between(recording, segment, segments)) is not None:
+            endings.append(trouble)
         stream.scope = _scope(recording, stream)
+        _read_end(recording, readers, stream)
         streams.append(stream)
-    return _each_once(streams), rejections
+    return _each_once(streams), endings
 
 
 def site_ref(call: ModuleCall, site: FoundSite) -> SiteRef:
@@ -114,22 +127,71 @@ def _next(segment: Segment, taker: dict[int, Segment]) -> Segment | None:
 
 def _readers_between(
     recording: Recording, readers: dict[int, list[Operation]], last: Segment, following: Segment
-) -> tuple[set[str], Rejection | None]:
+) -> tuple[set[str], Ending | None]:
     """Modules that read the trunk between two segments, or why it can't stay n streams there."""
-    modules: set[str] = set()
-    common = _common([recording.ancestry(last.call.index)[:-1], recording.ancestry(following.call.index)[:-1]])
     assert following.came_in is not None
-    for operation in readers[following.came_in]:
-        inside = any(recording.within(operation.call, segment.call.index) for segment in (last, following))
+    common = _common([recording.ancestry(segment.call.index)[:-1] for segment in (last, following)])
+    modules, raw = _readers(recording, readers[following.came_in], following.came_in, common, (last, following))
+    if raw is None:
+        return modules, None
+    where = recording.calls[raw.call].name
+    reason = (f"{raw.name!r} in {where or 'the model'!r} reads the trunk between {last.call.name!r} and "
+              f"{following.call.name!r}, in code that is not captured; the stream ends there")  # fmt: skip
+    return modules, Ending(recording.calls[common].name, Rejection(where, raw.source, "read-between", reason))
+
+
+def _lost_between(recording: Recording, segment: Segment, segments: list[Segment]) -> Ending | None:
+    """Code between two carriers, if the trunk of an earlier one comes to this one by operations that do not mix."""
+    out = {value: other for other in segments for value in other.went_out if other.call.index < segment.call.index}
+    todo = [] if segment.came_in is None else [segment.came_in]
+    last: Operation | None = None
+    seen = set(todo)
+    while todo:
+        value = todo.pop()
+        if value in out and last is not None:
+            calls = [out[value].call, segment.call]
+            common = _common([recording.ancestry(call.index)[:-1] for call in calls])
+            where = recording.calls[last.call].name
+            reason = (f"{last.name!r} in {where or 'the model'!r} stands on the trunk between {calls[0].name!r} and "
+                      f"{calls[1].name!r}, in code that is not captured; the stream ends there")  # fmt: skip
+            return Ending(recording.calls[common].name, Rejection(where, last.source, "operation-between", reason))
+        operation = recording.producer.get(value)
+        if operation is None or operation.mixing:
+            continue
+        last = operation
+        for source in operation.inputs:
+            if source not in seen and recording.shapes[source].numel() == recording.shapes[value].numel():
+                seen.add(source)
+                todo.append(source)
+    return None
+
+
+def _read_end(recording: Recording, readers: dict[int, list[Operation]], stream: LinkedStream) -> None:
+    """Notes who reads the trunk where it ends. If only modules do, layers at the end may be skipped."""
+    last = stream.segments[-1]
+    if len(stream.segments) == 1 or any(segment.trunk.after for segment in stream.segments):
+        return
+    common = _common([recording.ancestry(segment.call.index)[:-1] for segment in stream.segments])
+    raw = None
+    for value in last.went_out:
+        modules, found = _readers(recording, readers[value], value, common, (last,))
+        stream.readers |= modules
+        raw = raw or found
+    stream.may_end_early = raw is None
+
+
+def _readers(
+    recording: Recording, operations: list[Operation], value: int, common: int, segments: tuple[Segment, ...]
+) -> tuple[set[str], Operation | None]:
+    """Who reads a value outside of `segments`: modules below the common call, and the first operation in no module."""
+    modules: set[str] = set()
+    for operation in operations:
+        inside = any(recording.within(operation.call, segment.call.index) for segment in segments)
         if inside or operation.name in _HARMLESS:
             continue
-        module = _module_that_took(recording, operation, following.came_in, common)
+        module = _module_that_took(recording, operation, value, common)
         if module is None:
-            source = operation.source
-            where = recording.calls[operation.call].name
-            return modules, Rejection(where, source, "read-between", f"{operation.name!r} in {where or 'the model'!r} reads "
-                f"the trunk between {last.call.name!r} and {following.call.name!r}, in code that is not captured; the "
-                "stream ends there")  # fmt: skip
+            return modules, operation
         modules.add(module)
     return modules, None
 

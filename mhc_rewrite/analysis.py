@@ -1,4 +1,7 @@
-"""From a model and an example to a plan: record, choose carriers, capture, find, link, name, filter. Changes nothing."""
+"""From a model and an example to a plan: record, choose carriers, capture, find, link, name, filter.
+
+Nothing here changes the model.
+"""
 
 from __future__ import annotations
 
@@ -153,9 +156,13 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traini
 
 
 def _capture_and_link(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig, runs: list[tuple[Recording, Any]]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: MHCConfig,
+    runs: list[tuple[Recording, Any]],
 ) -> tuple[Captures, list[_Mode]]:
-    """Captures the carriers and links their streams; where a parent's own code reads a trunk, captures the parent too."""
+    """Captures the carriers and links their streams; a parent whose own code reads a trunk is captured with them."""
     parents: frozenset[str] = frozenset()
     while True:
         chosen = [find_carriers(recording, config.min_sites, parents) for recording, _ in runs]
@@ -179,9 +186,11 @@ def _can_capture(
     captures: Captures, args: tuple[Any, ...], kwargs: dict[str, Any], parents: frozenset[str],
     inlined: dict[str, set[str]], modes: list[_Mode],
 ) -> bool:  # fmt: skip
-    """Whether the parents' forwards, with all carriers in them, can be captured. If not, the streams end where they are read."""
+    """Whether the parents' forwards can be captured with all carriers in them. If not, streams end where they are read."""
     trial = Captures(captures.model, {
-        parent: {part for name, parts in inlined.items() if _inside(name, parent) for part in (*_path(parent, name), *parts)}
+        parent: {
+            part for name, parts in inlined.items() if _inside(name, parent) for part in (*_path(parent, name), *parts)
+        }
         for parent in parents
     })  # fmt: skip
     for mode in modes:
@@ -229,7 +238,9 @@ def _name_sites(model: nn.Module, modes: list[_Mode]) -> dict[SiteRef, ResidualS
     counts: dict[str, int] = defaultdict(int)
     for mode in modes:
         for call, residuals in mode.calls:
-            for site in sorted((site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place):
+            for site in sorted(
+                (site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place
+            ):
                 ref = site_ref(call, site)
                 if ref not in sites:
                     name = ".".join(filter(None, (ref.holder, f"mhc_{counts[ref.holder]}")))
@@ -306,7 +317,11 @@ def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualSt
     for before, segment in zip((None, *linked.segments), linked.segments, strict=False):
         between = [*(before.trunk.after if before else []), *(segment.trunk.before if before else [])]
         first, *rest = segment.trunk.sites
-        lifts = [*between, *first.lifts[: first.chain.index(first.read)], *(lift for site in rest for lift in site.lifts)]
+        lifts = [
+            *between,
+            *first.lifts[: first.chain.index(first.read)],
+            *(lift for site in rest for lift in site.lifts),
+        ]
         lifted += [f"{segment.call.name or 'model'}: {lift.node.name}" for lift in lifts]
     return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(dict.fromkeys(lifted)))
 
@@ -323,11 +338,18 @@ def _check_dtypes(plan: RewritePlan) -> None:
 
 def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:
     sites = list(sites)
-    misses = "".join(f"\n  {r.module or 'the model'}: {r.source or ''} {r.rule}: {r.reason}" for r in plan.rejections[:6])
+    misses = "".join(
+        f"\n  {r.module or 'the model'}: {r.source or ''} {r.rule}: {r.reason}" for r in plan.rejections[:6]
+    )
     if any(r.rule == "excluded" for r in plan.rejections):
-        return f"include, exclude and filter_fn leave no residual stream of {type(model).__name__}: all {len(sites)} sites are out."
-    what = "has no residual stream" if not sites else f"has no residual stream of at least {plan.config.min_sites} sites"
-    return f"{type(model).__name__} {what}." + (f" The nearest misses:{misses}" if misses else " It has no residual adds.")
+        kind = type(model).__name__
+        return f"include, exclude and filter_fn leave no residual stream of {kind}: all {len(sites)} sites are out."
+    what = (
+        "has no residual stream" if not sites else f"has no residual stream of at least {plan.config.min_sites} sites"
+    )
+    return f"{type(model).__name__} {what}." + (
+        f" The nearest misses:{misses}" if misses else " It has no residual adds."
+    )
 
 
 # -- wiring ----------------------------------------------------------------------------------------------------------
@@ -359,4 +381,3 @@ def _wire(
         for index, (carrier, _) in enumerate(calls):
             carriers[carrier].leaves.setdefault(number, []).append(index < len(calls) - 1)
     return carriers
-

@@ -75,8 +75,8 @@ def mhcify(
         return model
     if chosen.init == "paper" and chosen.connection == "mhc":
         warnings.warn(
-            "init='paper' starts with H_res almost uniform and sum(H_pre) = 2: every site averages the streams away, and "
-            "the function of a pretrained model is lost. init='preserve' keeps it.",
+            "init='paper' starts with H_res almost uniform and sum(H_pre) = 2: every site averages the streams away, "
+            "and the function of a pretrained model is lost. init='preserve' keeps it.",
             stacklevel=2,
         )
     install(model, analysis)
@@ -142,7 +142,7 @@ def graphs(model: nn.Module) -> list[ListedGraph]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups that keep weight decay off the sites: it would pull the diagonal of H_res away from the identity.
+    """Optimizer groups that keep weight decay off the sites: it would pull H_res away from the identity.
 
     Returns:
         Two groups, the model's own parameters with `weight_decay` and the sites' without.
@@ -178,8 +178,8 @@ def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ana
             result = model(*args, **kwargs)
         except Exception as error:
             raise UnsupportedModelError(
-                f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), so nothing "
-                "was changed. Code between its layers reads the residual stream in a way that the analysis did not see."
+                f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), so "
+                "nothing was changed. Code between its layers reads the residual stream in a way that the analysis did not see."
             ) from error
     before = [x for x in tree_leaves(analysis.results[False]) if isinstance(x, Tensor)]
     after = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -188,7 +188,9 @@ def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ana
         if same and analysis.plan.config.init == "preserve" and old.is_floating_point() and not old.is_meta:
             bits = torch.finfo(old.dtype).bits
             tolerance = {64: 1e-8, 32: 1e-3, 16: 0.2}[bits] * (1 + old.abs().max() if old.numel() else 1)
-            same = bool(((old - new).abs() <= tolerance).logical_or(old.isnan() & new.isnan()).logical_or(old == new).all())
+            same = bool(
+                ((old - new).abs() <= tolerance).logical_or(old.isnan() & new.isnan()).logical_or(old == new).all()
+            )
         if not same:
             raise UnsupportedModelError(
                 f"The converted {type(model).__name__} returns something else than the original on the example, "
@@ -207,8 +209,8 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(
-                f"{name or 'The model'!r} is a TorchScript module ({type(module).__name__}), whose forward has no Python "
-                "to rewrite. Convert the model that it was made from."
+                f"{name or 'The model'!r} is a TorchScript module ({type(module).__name__}), whose forward has no "
+                "Python to rewrite. Convert the model that it was made from."
             )
         kind = type(module).__name__
         if "HyperConnection" in kind:
@@ -222,8 +224,8 @@ def _check_model(model: nn.Module) -> None:
             value = getattr(owner, option, 0.0)
             if isinstance(value, float) and value > 0:
                 raise UnsupportedModelError(
-                    f"{where}{option}={value} skips whole layers while training, the one that ends a residual stream among "
-                    f"them. Set {where}{option}=0.0 before the conversion; dropout and drop-path in the blocks are fine."
+                    f"{where}{option}={value} skips whole layers while training, the one that ends a residual stream "
+                    f"among them. Set {where}{option}=0.0 before the conversion; dropout and drop-path are fine."
                 )
 
 
@@ -231,4 +233,4 @@ def _require_plan(model: nn.Module) -> RewritePlan:
     made = model.__dict__.get(_PLAN)
     if made is None:
         raise MHCError(f"{type(model).__name__} is not converted; mhcify(model) does that.")
-    return made  # type: ignore[no-any-return]
+    return made

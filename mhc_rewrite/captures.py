@@ -147,7 +147,7 @@ def _form(value: Any) -> Any:
 def _attributes(module: nn.Module, traced: bool) -> Any:
     """The attributes that a module's own code names: all of them where the code is captured, flags otherwise."""
     used = _names_used(type(module))
-    found = []
+    found: list[tuple[str, Any]] = []
     for name, value in module.__dict__.items():
         if name.startswith("_") or name not in used:
             continue

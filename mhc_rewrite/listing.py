@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from mhc_rewrite.install import Variant
 from mhc_rewrite.model import ListedGraph, ListedNode
+from mhc_rewrite.roles import Variant
 
 
 def list_graph(name: str, kind: str, call: str, variant: Variant) -> ListedGraph:

@@ -6,7 +6,7 @@ One table a question; a new operator is one word here. Names are those of torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class AxisFollower:
     def __init__(self, key: Hashable, rank: int) -> None:
         self.axes: dict[Hashable, tuple[int, ...]] = {key: tuple(range(rank))}
 
-    def step(self, target: Any, inputs: list[Hashable], args: tuple[Any, ...], kwargs: dict[str, Any],
+    def step(self, target: Any, inputs: Sequence[Hashable], args: tuple[Any, ...], kwargs: dict[str, Any],
              output: Hashable, output_rank: int | None) -> int | None:  # fmt: skip
         """The feature axis of the tensor that is followed, if this operator decides it; follows on otherwise."""
         source = next((key for key in inputs if key in self.axes), None)

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+    torch.Size,
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from mhc_rewrite.errors import ExampleInputsError
 _BATCH, _LENGTH = 2, 8
 
 
-def example_call(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_call(
+    model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for one call of the model: (args, kwargs).
 
     Raises:
@@ -44,8 +46,9 @@ def _derived(model: nn.Module) -> Mapping[str, Any] | tuple[Any, ...] | None:
     dtype = tensor.dtype if tensor is not None else torch.float32
     if hasattr(model, "main_input_name") and hasattr(model, "config"):
         return _of_transformers(model, device, dtype)
-    if isinstance(getattr(model, "default_cfg", None), Mapping) and "input_size" in model.default_cfg:  # timm
-        return (torch.randn(_BATCH, *model.default_cfg["input_size"], device=device, dtype=dtype),)
+    timm_config = getattr(model, "default_cfg", None)
+    if isinstance(timm_config, Mapping) and "input_size" in timm_config:
+        return (torch.randn(_BATCH, *timm_config["input_size"], device=device, dtype=dtype),)
     return _of_torch(model, device, dtype)
 
 
@@ -108,7 +111,12 @@ def further_calls(
     accepted = inspect.signature(model.forward).parameters
     changes: list[dict[str, Any]] = []
     tokens = kwargs.get("input_ids")
-    if "attention_mask" in accepted and isinstance(tokens, Tensor) and "attention_mask" not in kwargs and tokens.shape[-1] > 1:
+    if (
+        "attention_mask" in accepted
+        and isinstance(tokens, Tensor)
+        and "attention_mask" not in kwargs
+        and tokens.shape[-1] > 1
+    ):
         mask = torch.ones_like(tokens)
         mask[0, 0] = 0
         changes.append({"attention_mask": mask})

@@ -30,7 +30,7 @@ def user_line() -> SourceLine | None:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        machinery = file.startswith(_TORCH_CODE) and not ("/nn/modules/" in file and frame.f_code.co_name[0] != "_"
+        machinery = file.startswith(_TORCH_CODE) and not (("/nn/modules/" in file and frame.f_code.co_name[0] != "_")
                                                           or "/nn/modules/transformer" in file)  # fmt: skip
         if not machinery and not file.startswith(_OWN_CODE) and not file.endswith("contextlib.py"):
             return source_line(file, frame.f_lineno)

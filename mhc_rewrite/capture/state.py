@@ -18,7 +18,9 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
     modes = [(m, m.training) for m in module.modules()]
-    buffers = [(m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
+    ]
     random_state = random.getstate()
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -69,6 +69,8 @@ class ModuleGraph:
 class TracedValue(fx.Proxy):
     """A node together with the value it has on the example."""
 
+    tracer: ModuleTracer
+
     def __init__(self, node: fx.Node, tracer: ModuleTracer, value: Any) -> None:
         super().__init__(node, tracer)
         self.value = value
@@ -101,7 +103,7 @@ class TracedValue(fx.Proxy):
         return len(self.tracer.unwrap_sized(self))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[index] for index in range(len(self))])
+        return iter([operator.getitem(self, index) for index in range(len(self))])
 
     def __setitem__(self, key: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
@@ -240,7 +242,7 @@ class ModuleTracer(fx.Tracer):
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         source = user_line()
         self._check_context(source)
         with self._as_shadow():  # the tracer's own torch calls are not the forward's
@@ -290,7 +292,9 @@ class ModuleTracer(fx.Tracer):
         facts["axes"] = {t.node.name: watch.axes[id(t.value)] for t in traced if id(t.value) in watch.axes}
         return value, facts
 
-    def _written(self, kind: str, target: Any, kwargs: Any, inputs: list[TracedValue], value: Any) -> TracedValue | None:
+    def _written(
+        self, kind: str, target: Any, kwargs: Any, inputs: list[TracedValue], value: Any
+    ) -> TracedValue | None:
         """The traced value that this operation changed in place, if it did."""
         if target is operator.setitem:
             return inputs[0]
@@ -350,7 +354,9 @@ class ModuleTracer(fx.Tracer):
     def _constant(self, value: Any) -> fx.Node:
         """An object from outside: handed to the graph as one more placeholder."""
         if id(value) not in self.constants:
-            last = next(n for n in reversed([n for n in self.graph.nodes if n.op == "placeholder"] or [self.graph._root]))
+            last = next(
+                n for n in reversed([n for n in self.graph.nodes if n.op == "placeholder"] or [self.graph._root])
+            )
             with self.graph.inserting_after(last):
                 node = self.graph.placeholder(f"constant_{len(self.constants)}")
             self._describe(node, value)
@@ -428,7 +434,8 @@ def capture_error(name: str, module: nn.Module, source: SourceLine | None, why: 
     """The error for a forward that can't be captured, with the way out."""
     where = f" at {source}" if source else ""
     way_out = f"Change that line, or leave the module out with exclude=({name!r},)." if name else "Change that line."
-    return CaptureError(f"The forward of {name or 'the model'!r} ({type(module).__name__}) can't be captured{where}: {why}. "
+    kind = type(module).__name__
+    return CaptureError(f"The forward of {name or 'the model'!r} ({kind}) can't be captured{where}: {why}. "
                         f"{way_out}")  # fmt: skip
 
 
@@ -437,7 +444,7 @@ def _real(structure: Any) -> Any:
 
 
 def _origin(node: fx.Node) -> str:
-    """What a size or a condition on sizes comes from: `"inputs"`, `"intermediate"` results, or a tensor's `"content"`."""
+    """What a size, or a condition on sizes, comes from: `"inputs"`, `"intermediate"` results or `"content"`."""
     origin, todo = "inputs", [node]
     while todo:
         node = todo.pop()

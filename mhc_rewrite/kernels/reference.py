@@ -6,7 +6,6 @@ fp32, or fp64 where their input is.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

@@ -164,9 +164,9 @@ class _Writer:
                 self._widen(node, run, self._mark(expanded, "expand", run, node))
         self.graph.eliminate_dead_code(is_impure_node=has_effects)
         self.graph.lint()
-        lifted = tuple(f"{n.meta.get('holder') or self.captured.module}: {n.name}" for n in self.lift_at)
+        names = tuple(f"{n.meta.get('holder') or self.captured.module}: {n.name}" for n in self.lift_at)
         outgoing = tuple(run.stream for run in self.runs if run.leaves)
-        return Rewrite(self.graph, len(self.site_at), lifted, outgoing)
+        return Rewrite(self.graph, len(self.site_at), names, outgoing)
 
     def _widen(self, node: fx.Node, run: _Run, wide: fx.Node) -> None:
         """Notes the streams of a trunk node and makes what the sites that read it need."""
@@ -249,4 +249,3 @@ class _Writer:
         else:
             new.meta.pop("shape", None)
         return new
-

@@ -228,4 +228,3 @@ def _each_once(streams: list[LinkedStream]) -> list[LinkedStream]:
         known = seen.setdefault(stream.refs, stream)
         known.readers |= stream.readers
     return list(seen.values())
-

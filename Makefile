@@ -1,0 +1,54 @@
+# Everything runs in a virtual environment of its own; `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+EXTRAS := demo,hf,test,vision
+# One thread a test process: two processes with two threads each on two cores wait for one another.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help install demo test test-fast lint types format clean
+.DEFAULT_GOAL := help
+# A virtual environment that could not be made is no virtual environment the next time either.
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) PYTEST_ARGS=..."
+
+install: $(STAMP) ## create the virtual environment and install the package with everything the tests need
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch is fixed in the same command as everything that depends on it, so that pip never replaces it.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(STAMP) ## convert a small GPT-2, check it, train it beside the original (about 3 minutes on two cores)
+	$(BIN)/python demos/convert_gpt.py
+
+test: lint types ## lint, type check and all tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the tests that are not marked slow (within 2 minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: lint and format, without changing anything
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite the files
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the virtual environment, caches and demo output
+	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

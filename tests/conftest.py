@@ -1,0 +1,52 @@
+"""What all tests share: one thread a worker, timm's import, and the table of model families at the end of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+COLUMNS = ("sites", "streams", "preserve_fp64", "preserve_fp32", "perturbed", "gradient", "moved")
+
+
+def define_torchvision_operators() -> None:
+    """timm imports torchvision, whose wheel does not load beside the CPU build of torch: with the two operators that it
+    looks up defined, it does."""
+    # Kept alive on the function: a Library that is collected takes its definitions with it.
+    if hasattr(define_torchvision_operators, "library"):
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_torchvision_operators.library = library
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: left out of `make test-fast`")
+    define_torchvision_operators()
+    # The tests are tiny: a second thread, or one for each worker, only waits.
+    torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line a family: what the tests recorded of it (`family.record`)."""
+    rows: dict[str, dict[str, object]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "call":
+                continue
+            for key, value in report.user_properties:
+                if key == "family":
+                    rows.setdefault(value["name"], {}).update(value)
+    if not rows:
+        return
+    terminalreporter.section("model families")
+    width = max(len(name) for name in rows) + 2
+    terminalreporter.write_line("".ljust(width) + "".join(column.rjust(15) for column in COLUMNS))
+    for name in sorted(rows, key=str.lower):
+        terminalreporter.write_line(name.ljust(width) + "".join(_cell(rows[name].get(c)).rjust(15) for c in COLUMNS))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)

@@ -186,7 +186,7 @@ def _can_capture(
     captures: Captures, args: tuple[Any, ...], kwargs: dict[str, Any], parents: frozenset[str],
     inlined: dict[str, set[str]], modes: list[_Mode],
 ) -> bool:  # fmt: skip
-    """Whether the parents' forwards can be captured with all carriers in them. If not, streams end where they are read."""
+    """Whether the parents' forwards can be captured with all carriers in them. If not, streams end there."""
     trial = Captures(captures.model, {
         parent: {
             part for name, parts in inlined.items() if _inside(name, parent) for part in (*_path(parent, name), *parts)

@@ -178,8 +178,9 @@ def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ana
             result = model(*args, **kwargs)
         except Exception as error:
             raise UnsupportedModelError(
-                f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), so "
-                "nothing was changed. Code between its layers reads the residual stream in a way that the analysis did not see."
+                f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), "
+                "so nothing was changed. Code between its layers reads the residual stream in a way that the analysis "
+                "did not see."
             ) from error
     before = [x for x in tree_leaves(analysis.results[False]) if isinstance(x, Tensor)]
     after = [x for x in tree_leaves(result) if isinstance(x, Tensor)]

@@ -52,7 +52,7 @@ def converted_class(base: Any) -> type[nn.Module]:
     return type(base.__name__, (base,), namespace)
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _rebuild(base: Any) -> nn.Module:
     cls = converted_class(base)
     return cls.__new__(cls)
 
@@ -87,7 +87,8 @@ def install(model: nn.Module, analysis: Analysis) -> None:
         for name, role in roles.items():
             module = model.get_submodule(name)
             module.__dict__[_ROLE] = role
-            module.__class__ = converted_class(type(module))
+            kind: Any = type(module)
+            module.__class__ = converted_class(kind)
     except BaseException:
         _restore(model)
         for holder, name in added:
@@ -178,7 +179,7 @@ def _first_variants(
     module: nn.Module, carrier: CarrierRole, kind: CallKind, leaves: dict[str, Any], captured: Captured,
     rewrites: Rewrites,
 ) -> None:  # fmt: skip
-    """The variants that the example's calls need: streams arrive at all carriers but the first, leave all but the last."""
+    """The variants that the example's calls need: streams arrive but at the first carrier, go on but at the last."""
     numbers = list(carrier.wiring.leaves)
     ways = set()
     for position in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):

@@ -77,9 +77,9 @@ class Scope:
         if self.open and not self.may_end_early:
             self.begin()
             raise StreamError(
-                f"In {where or 'the model'!r} a residual stream was not collapsed: {self.stream.exit!r}, which ends "
-                "it, did not run. Layers that are skipped at the end (LayerDrop, a changed num_hidden_layers) need another "
-                "conversion: unmhcify(model), then mhcify it as it runs now."
+                f"In {where or 'the model'!r} a residual stream was not collapsed: {self.stream.exit!r}, which "
+                "ends it, did not run. Layers that are skipped at the end (LayerDrop, a changed num_hidden_layers) need "
+                "another conversion: unmhcify(model), then mhcify it as it runs now."
             )
 
 

@@ -347,3 +347,24 @@ def test_layers_that_are_left_out() -> None:
         for number in kept:
             X = prenorm_by_hand(compared.original.layers[number], hand, f"layers.{number}", X)
         assert relative(compared.converted(x), compared.original.norm(hand.collapse(X))) <= PERTURBED, kept
+
+
+class InTraining(Stack):
+    """LayerDrop as it is: a layer is left out while training, whichever the dice say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training and torch.rand([]) < 0.5:
+                continue
+            x = layer(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_plan_does_not_depend_on_dice(seed: int) -> None:
+    """A layer that the example run in training mode happened to leave out has its place in the stream."""
+    torch.manual_seed(0)
+    model = InTraining([PreNorm() for _ in range(3)]).double()
+    torch.manual_seed(seed)
+    found = plan(model, (torch.randn(2, 5, 16, dtype=torch.float64),))
+    assert [[site.name for site in stream.sites] for stream in found.streams] == [list(names("layers.{}", 3, 2))]

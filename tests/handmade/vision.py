@@ -68,6 +68,28 @@ def resnet_by_hand(model: ResNet, hand: Streams, x: Tensor) -> Tensor:
     return model.head(F.relu(hand.collapse(X)).mean((2, 3)))
 
 
+class TrunkNorm(nn.Module):
+    """BatchNorm on the trunk: its statistics are those of one stream, so that the stream ends before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.conv1(F.relu(x))
+        x = x + self.conv2(F.relu(x))
+        return self.bn(x)
+
+
+def trunk_norm_by_hand(model: nn.Sequential, hand: Streams, x: Tensor) -> Tensor:
+    for number, block in enumerate(model):
+        X = hand.site(f"{number}.mhc_0", hand.expand(x), lambda u, at=block: at.conv1(F.relu(u)))
+        X = hand.site(f"{number}.mhc_1", X, lambda u, at=block: at.conv2(F.relu(u)))
+        x = block.bn(hand.collapse(X))
+    return x
+
+
 class ConvNeXtBlock(nn.Module):
     """The trunk is NCHW, the branch is NHWC inside."""
 
@@ -214,6 +236,14 @@ KINDS = (
         lambda: (features(3, 3, 6, 6),),
         resnet_by_hand,
         (("stage1.0.mhc_0", "stage1.1.mhc_0"), ("stage2.1.mhc_0", "stage2.2.mhc_0")),
+        channel_dim=1,
+    ),
+    Kind(
+        "BatchNorm on the trunk",
+        lambda: nn.Sequential(TrunkNorm(), TrunkNorm()),
+        lambda: (features(3, 8, 5, 5),),
+        trunk_norm_by_hand,
+        (names("0", 1, 2), names("1", 1, 2)),
         channel_dim=1,
     ),
     Kind(

@@ -25,6 +25,9 @@ from mhc_rewrite.model import ResidualSite, ResidualStream
 from mhc_rewrite.roles import CarrierRole, Rewrites, Role, Scope
 
 _ROLE = "_mhc_role"
+# Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for its
+# fused layers, which a rewritten layer can't take.
+_SETTINGS: dict[type, dict[str, Any]] = {nn.TransformerEncoder: {"use_nested_tensor": False}}
 
 
 # -- classes ---------------------------------------------------------------------------------------------------------
@@ -86,6 +89,10 @@ def install(model: nn.Module, analysis: Analysis) -> None:
         roles = _roles(model, analysis)
         for name, role in roles.items():
             module = model.get_submodule(name)
+            for base, settings in _SETTINGS.items():
+                for attribute, value in settings.items() if isinstance(module, base) else ():
+                    role.settings[attribute] = getattr(module, attribute)
+                    setattr(module, attribute, value)
             module.__dict__[_ROLE] = role
             kind: Any = type(module)
             module.__class__ = converted_class(kind)
@@ -107,7 +114,10 @@ def uninstall(model: nn.Module) -> None:
 
 def _restore(model: nn.Module) -> None:
     for module in model.modules():
-        if role_of(module) is not None:
+        role = role_of(module)
+        if role is not None:
+            for attribute, value in role.settings.items():
+                setattr(module, attribute, value)
             del module.__dict__[_ROLE]
             module.__class__ = type(module)._mhc_base  # type: ignore[attr-defined]
 

@@ -77,8 +77,8 @@ class Scope:
         if self.open and not self.may_end_early:
             self.begin()
             raise StreamError(
-                f"In {where or 'the model'!r} a residual stream was not collapsed: {self.stream.exit!r}, which "
-                "ends it, did not run. Layers that are skipped at the end (LayerDrop, a changed num_hidden_layers) need "
+                f"In {where or 'the model'!r} a residual stream was not collapsed: {self.stream.exit!r}, which ends "
+                "it, did not run. Layers that are skipped at the end (LayerDrop, another num_hidden_layers) need "
                 "another conversion: unmhcify(model), then mhcify it as it runs now."
             )
 
@@ -258,7 +258,8 @@ class Role:
         carrier: rewritten forwards, if its forward holds residual adds.
         begins: streams that run inside its call.
         outer: streams whose trunk its result may hold: those of `begins` and of the modules inside it.
-        reads: streams whose trunk it reads in the middle: it gets the mean.
+        reads: streams whose trunk it reads: it gets the mean.
+        settings: attributes of the module before the conversion, where it needs others.
     """
 
     name: str
@@ -266,6 +267,7 @@ class Role:
     begins: list[Scope] = field(default_factory=list)
     outer: list[Scope] = field(default_factory=list)
     reads: list[Scope] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -25,8 +25,8 @@ from mhc_rewrite.model import ResidualSite, ResidualStream
 from mhc_rewrite.roles import CarrierRole, Rewrites, Role, Scope
 
 _ROLE = "_mhc_role"
-# Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for its
-# fused layers, which a rewritten layer can't take.
+# Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for
+# its fused layers, which a rewritten layer can't take.
 _SETTINGS: dict[type, dict[str, Any]] = {nn.TransformerEncoder: {"use_nested_tensor": False}}
 
 

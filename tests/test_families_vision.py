@@ -156,7 +156,7 @@ def test_torch_encoder_takes_no_fast_path(norm_first: bool, call: str) -> None:
 
 def test_any_image_size() -> None:
     """Converted on one size and batch, called with others."""
-    for name, size in (("timm resnet18", 48), ("hf ConvNeXt", 64), ("hf SegFormer", 64), ("hf Swin", 48)):
+    for name, size in (("timm resnet18", 48), ("hf ConvNeXt", 64), ("hf SegFormer", 64), ("hf Swin", 64)):
         family = BY_NAME[name]
         model, run, _ = perturbed(family)
         images = torch.randn(3, 3, size, size, dtype=torch.float64)

@@ -169,10 +169,22 @@ def _load_module(name: str) -> ModuleType:
 
 def _import(library: str) -> Any:
     """A model library, or an error that says how to get it."""
+    if library == "transformers":
+        _leave_out_broken_torchvision()
     try:
         return importlib.import_module(library)
     except Exception as error:
         raise _broken(library, error) from error
+
+
+def _leave_out_broken_torchvision() -> None:
+    """transformers works without torchvision, but not beside one that was built for another torch."""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:  # its operators do not load
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 def _broken(library: str, error: BaseException) -> CommandError:

@@ -160,7 +160,43 @@ def forms_by_hand(model: Forms, hand: Streams, x: Tensor) -> Tensor:
     return hand.collapse(X) / 1.4
 
 
+class WrittenOut(nn.Module):
+    """Attention written out in the layer's own forward, its mask made from the sizes at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.norm2, self.mlp = nn.LayerNorm(WIDTH), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        causal = torch.tril(torch.ones(x.size(1), x.size(1), dtype=torch.bool))
+        scores = (q @ k.mT / WIDTH**0.5).masked_fill(~causal, float("-inf"))
+        x = x + scores.softmax(-1) @ v
+        return x + self.mlp(self.norm2(x))
+
+
+def written_out_by_hand(model: Stack, hand: Streams, x: Tensor) -> Tensor:
+    X = hand.expand(x)
+    for number, layer in enumerate(model.layers):
+
+        def attend(u: Tensor, at: WrittenOut = layer) -> Tensor:
+            q, k, v = at.qkv(at.norm1(u)).chunk(3, dim=-1)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        X = hand.site(f"layers.{number}.mhc_0", X, attend)
+        X = hand.site(f"layers.{number}.mhc_1", X, lambda u, at=layer: at.mlp(at.norm2(u)))
+    return model.norm(hand.collapse(X))
+
+
 KINDS = (
+    Kind(
+        "attention written out",
+        lambda: Stack([WrittenOut() for _ in range(2)]),
+        one,
+        written_out_by_hand,
+        (names("layers.{}", 2, 2),),
+    ),
     Kind(
         "siamese",
         Siamese,

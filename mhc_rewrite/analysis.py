@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -124,6 +125,8 @@ def analyse(
             rejections.append(_too_short(chosen, len(distinct), config))
             continue
         part = slice(included[0], included[-1] + 1)
+        outside = [*chosen[: part.start], *chosen[part.stop :]]
+        rejections += [Rejection(s.holder, s.source, "excluded", "excluded, at the end of a stream") for s in outside]
         number = len(streams)
         kept.append(chain[part])
         streams.append(_stream(tuple(chosen[part]), linked))
@@ -261,21 +264,37 @@ def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
 
 
 def _agreed_chains(modes: list[_Mode]) -> list[tuple[tuple[SiteRef, ...], LinkedStream]]:
-    """The streams of evaluation mode, cut wherever training mode does not pass the trunk on."""
+    """The streams of evaluation mode, cut wherever training mode shows another way.
+
+    A layer that ran in one mode only (LayerDrop) cuts nothing; one that ran in training only has its place too.
+    """
     first, *others = modes
-    links = [
-        {pair for stream in mode.streams for pair in zip(stream.refs, stream.refs[1:], strict=False)} for mode in others
-    ]
     chains = []
     for stream in first.streams:
-        part: list[SiteRef] = []
-        for ref in stream.refs:
-            if part and not all((part[-1], ref) in pairs for pairs in links):
+        refs = list(stream.refs)
+        for mode in others:
+            for other in mode.streams:
+                refs = _with_missing(refs, other.refs, known={ref for s in first.streams for ref in s.refs})
+        homes = [{ref: number for number, s in enumerate(mode.streams) for ref in s.refs} for mode in others]
+        part = refs[:1]
+        for before, ref in pairwise(refs):
+            if any(home.get(before, -1) != home.get(ref, -1) for home in homes if before in home and ref in home):
                 chains.append((tuple(part), stream))
                 part = []
             part.append(ref)
         chains.append((tuple(part), stream))
     return chains
+
+
+def _with_missing(refs: list[SiteRef], other: tuple[SiteRef, ...], known: set[SiteRef]) -> list[SiteRef]:
+    """`refs` with the sites of the same stream that only the other mode ran, each behind the one before it there."""
+    if set(refs).isdisjoint(other):
+        return refs
+    merged = list(refs)
+    for before, ref in pairwise(other):
+        if ref not in known and ref not in merged and before in merged:
+            merged.insert(len(merged) - merged[::-1].index(before), ref)
+    return merged
 
 
 def _matches_module(name: str, patterns: tuple[str, ...]) -> bool:

@@ -195,8 +195,9 @@ def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ana
         if not same:
             raise UnsupportedModelError(
                 f"The converted {type(model).__name__} returns something else than the original on the example, "
-                f"{tuple(new.shape)} for {tuple(old.shape)}, so nothing was changed. Code between its layers reads the "
-                "residual stream in a way that the analysis did not see."
+                f"{tuple(new.shape)} for {tuple(old.shape)}, so nothing was changed. Either code between its layers "
+                "reads the residual stream in a way that the analysis did not see, or a layer's forward takes another "
+                "path when it is captured (isinstance(x, Tensor), say)."
             )
 
 

@@ -20,6 +20,10 @@ from mhc_rewrite.capture.trace import ModuleGraph, trace
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
 
+# Attributes that say how a module is run and not what it computes: the mode is part of every key, and checkpointing
+# wraps a forward from outside.
+_MODES = frozenset({"training", "gradient_checkpointing"})
+
 Captured = tuple[ModuleGraph, Residuals]
 
 
@@ -144,17 +148,27 @@ def _form(value: Any) -> Any:
     return value.new_empty(1).expand(value.shape) if isinstance(value, Tensor) else None
 
 
+def plain_attributes(carrier: nn.Module, inlined: Iterable[str]) -> tuple[tuple[str, str, Any], ...]:
+    """The plain attributes that captured code may have read: (path from the carrier, name, value)."""
+    return tuple(
+        (path, name, value)
+        for path in ("", *inlined)
+        for name, value in _attributes(carrier.get_submodule(path), traced=True)
+        if value is None or isinstance(value, (bool, int, float, str))
+    )
+
+
 def _attributes(module: nn.Module, traced: bool) -> Any:
     """The attributes that a module's own code names: all of them where the code is captured, flags otherwise."""
     used = _names_used(type(module))
     found: list[tuple[str, Any]] = []
     for name, value in module.__dict__.items():
-        if name.startswith("_") or name not in used:
+        if name.startswith("_") or name not in used or name in _MODES:
             continue
         if isinstance(value, (bool, str)) or value is None:
             found.append((name, value))
         elif traced:
-            found.append((name, value if isinstance(value, (int, float)) else id(value)))
+            found.append((name, value if isinstance(value, (int, float)) else ("object", id(value))))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from mhc_rewrite import streams
 from mhc_rewrite.analysis import CarrierWiring
 from mhc_rewrite.capture.call import CallShape, describe, flatten
 from mhc_rewrite.capture.trace import ModuleGraph
-from mhc_rewrite.captures import capture_forward
+from mhc_rewrite.captures import capture_forward, plain_attributes
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.errors import StreamError, UnseenCallError
 from mhc_rewrite.generated import compile_graph, guard_graph
@@ -87,7 +87,8 @@ class Scope:
 class Variant:
     """One rewritten forward: for one kind of call, with the streams coming in and going out in one way.
 
-    It holds where `guards` give what is `expected`, and the leaves have these `dtypes` and `sizes`, if any are named.
+    It holds where `guards` give what is `expected`, the leaves have these `dtypes` and `sizes`, if any are named, and
+    the module has these plain `attributes`, which the captured code may have read.
     """
 
     function: Callable[..., Any]
@@ -97,6 +98,7 @@ class Variant:
     outgoing: tuple[int, ...]
     dtypes: tuple[Any, ...] | None
     sizes: tuple[Any, ...] | None
+    attributes: tuple[tuple[str, str, Any], ...]
     captured: ModuleGraph
     rewrite: Rewrite
     sites: tuple[FoundSite, ...]
@@ -171,6 +173,8 @@ class CarrierRole:
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
             if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
                 continue
+            if not _holds(module, variant.attributes):
+                continue
             if variant.guards is not None or variant.sizes is not None:
                 trunk = self.as_trunk(leaves, arriving, form_only=True)
                 if variant.sizes is not None and variant.sizes != _sizes(trunk):
@@ -242,6 +246,7 @@ class CarrierRole:
             outgoing=rewrite.outgoing,
             dtypes=_dtypes(leaves) if captured.asks_dtype else None,
             sizes=_sizes(leaves) if captured.pinned else None,
+            attributes=plain_attributes(module, self.inlined),
             captured=captured,
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
@@ -302,6 +307,14 @@ def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:
         *(t.dtype for t in tensors),
         *(torch.get_autocast_dtype(d) for d in sorted(autocast) if torch.is_autocast_enabled(d)),
     )
+
+
+def _holds(module: nn.Module, attributes: tuple[tuple[str, str, Any], ...]) -> bool:
+    for path, name, value in attributes:
+        owner = module.get_submodule(path) if path else module
+        if getattr(owner, name) != value:
+            return False
+    return True
 
 
 def _sizes(leaves: dict[str, Any]) -> tuple[Any, ...]:

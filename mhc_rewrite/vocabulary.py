@@ -34,6 +34,11 @@ DROPOUT = frozenset({"dropout", "dropout_"})
 RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
 PERMUTING = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"})
 
+# Functions that make a tensor from sizes alone.
+FACTORIES = tuple(
+    "arange empty eye full linspace ones rand randint randn randperm tril_indices triu_indices zeros".split()
+)
+
 # Reads of a tensor that see its form and not its values.
 FORM = frozenset(
     "shape dtype device ndim layout is_cuda requires_grad is_leaf size dim numel stride is_floating_point is_complex "

@@ -173,6 +173,7 @@ MAMBA: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+MAMBA_2 = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
 FALCON = SIZE | {"alibi": False}
 NEOX = SIZE | {"rotary_pct": 0.5}
 GPTJ = OPENAI | {"rotary_dim": 4}
@@ -241,18 +242,7 @@ LISTED: tuple[Family, ...] = (
     decoder("Qwen3-MoE", "Qwen3MoeForCausalLM", "model.layers", 2, by_hand.pre_norm, head_dim=8, **EXPERTS, **GROUPED),
     decoder("DeepSeek-V3", "DeepseekV3ForCausalLM", "model.layers", 2, by_hand.pre_norm, **DEEPSEEK, **SIZE),
     decoder("Mamba", "MambaForCausalLM", "backbone.layers", 1, by_hand.mamba, **MAMBA),
-    decoder(
-        "Mamba-2",
-        "Mamba2ForCausalLM",
-        "backbone.layers",
-        1,
-        by_hand.mamba,
-        num_heads=8,
-        head_dim=8,
-        n_groups=2,
-        chunk_size=4,
-        **MAMBA,
-    ),
+    decoder("Mamba-2", "Mamba2ForCausalLM", "backbone.layers", 1, by_hand.mamba, **MAMBA_2, **MAMBA),
 )
 
 
@@ -279,6 +269,27 @@ def in_children(
     sites = child_names(layers + ".{}", children)
     made = build(model, config, **fields)
     return Family(name, made, ids, len(children) * LAYERS, (sites,), by_hand.stack({layers: (kind, sites)}))
+
+
+def wav2vec2() -> Family:
+    """Speech, with a residual convolution of the encoder's own in front of the layers: `x + pos_conv_embed(x)`."""
+    fields = {
+        "conv_dim": (16, 16),
+        "conv_kernel": (10, 3),
+        "conv_stride": (5, 2),
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+        "layerdrop": 0.0,
+    }
+    encoder = "wav2vec2.encoder"
+    sites = (f"{encoder}.mhc_0", *names(encoder + ".layers.{}", 2))
+    made = build("Wav2Vec2ForCTC", "Wav2Vec2Config", **SIZE, **fields)
+
+    def wave() -> dict[str, Tensor]:
+        return {"input_values": torch.randn(2, 200)}
+
+    return Family("Wav2Vec2", made, wave, 1 + 2 * LAYERS, (sites,), by_hand.wav2vec2(encoder, sites))
 
 
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4}
@@ -335,6 +346,11 @@ OTHERS: tuple[Family, ...] = (
         do_layer_norm_before=False,
         **SIZE,
     ),
+    decoder("Gemma", "GemmaForCausalLM", "model.layers", 2, by_hand.pre_norm, head_dim=8, **GROUPED),
+    decoder("Nemotron", "NemotronForCausalLM", "model.layers", 2, by_hand.pre_norm, **GROUPED),
+    decoder("OLMoE", "OlmoeForCausalLM", "model.layers", 2, by_hand.pre_norm, **EXPERTS, **GROUPED),
+    bart_like("Marian", "MarianMTModel", "MarianConfig", by_hand.bart_encoder, by_hand.bart_decoder),
+    wav2vec2(),
     t5("Flan-T5", "T5ForConditionalGeneration", "T5Config", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 )
 

@@ -225,8 +225,8 @@ def site(draw: Draw, body: Body, inputs: bool, in_place: bool, first: bool) -> S
         alpha = draw(st.sampled_from((1.0, 0.5))) if form == "add_" else 1.0
         return Site(branches, READ, total(draw, leaves), form, alpha, naming, target, aliases)
     trunk = READ
-    if some(draw, 3):
-        trunk = pick(draw, body, FIRST_TRUNKS if first or draw(st.booleans()) else LATER_TRUNKS, inputs, READ)
+    if draw(st.booleans()):
+        trunk = pick(draw, body, FIRST_TRUNKS if first else FIRST_TRUNKS + 2 * LATER_TRUNKS, inputs, READ)
     leaves = draw(st.permutations([0, *leaves])) if form == "rebind" else [0, 1]
     tree = total(draw, list(leaves)) if form == "rebind" else Sum("+", 0, 1)
     child_class = draw(st.sampled_from(sorted(CHILDREN))) if form == "child" else ""

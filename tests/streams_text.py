@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
+from transformers.modeling_outputs import BaseModelOutput
 
 from oracle import Params, Streams
 
@@ -293,6 +294,25 @@ def albert(path: str, sites: tuple[str, str], calls: int) -> Callable[[nn.Module
             return run(streams, hidden_states, steps, sites, call == 0, call == calls - 1)
 
         layer.forward = forward
+        return model
+
+    return oracle
+
+
+def wav2vec2(path: str, sites: tuple[str, ...]) -> Callable[[nn.Module, dict[str, Params]], nn.Module]:
+    """The stream starts before the layers: the encoder adds a convolution to its input, and normalises the sum."""
+
+    def oracle(model: nn.Module, params: dict[str, Params]) -> nn.Module:
+        streams, encoder = streams_of(params), model.get_submodule(path)
+
+        def forward(hidden_states: Tensor, **kwargs: Any) -> BaseModelOutput:
+            steps = [Step(encoder.pos_conv_embed, encoder.layer_norm)]
+            for layer in encoder.layers:
+                steps.append(Step(lambda u, layer=layer: layer.attention(u)[0], layer.layer_norm))
+                steps.append(Step(layer.feed_forward, layer.final_layer_norm))
+            return BaseModelOutput(last_hidden_state=run(streams, hidden_states, steps, sites, True, True))
+
+        encoder.forward = forward
         return model
 
     return oracle

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
-from families_text import BY_NAME, LISTED, speech, tokens
+from families_text import BY_NAME, LISTED, MAMBA, MAMBA_2, build, speech, tokens
 from family import Family, output, relative, seeded
 from mhc_rewrite import mhcify
 from oracle import perturb, site_names, site_parameters, site_params
@@ -197,12 +198,14 @@ def state_of(returned: Any) -> Tensor:
 
 
 @rows(ATTENTIONS)
-def test_attentions(family: Family) -> None:
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_attentions(family: Family, grad: bool) -> None:
+    """A call that the conversion did not see: what it collects is collected once."""
     original = family.model()
     original.set_attn_implementation("eager")
     model = mhcify(copy.deepcopy(original), family.example())
     args, kwargs = family.arguments()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         want, same = (m(*args, **kwargs, output_attentions=True) for m in (original, model))
         perturb(model)
         moved = model(*args, **kwargs, output_attentions=True)
@@ -260,11 +263,54 @@ def test_bfloat16_keeps_the_sites_in_fp32(family: Family, cast: str) -> None:
     assert {p.grad.dtype for _, p in site_parameters(model)} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Mamba", "Mamba-2"])
+def test_a_trunk_in_fp32_beside_branches_in_bfloat16(name: str, dtype: torch.dtype) -> None:
+    """`residual_in_fp32`, Mamba's default."""
+    fields = MAMBA | MAMBA_2 if name == "Mamba-2" else MAMBA
+    kind = name.replace("-", "")
+    original = build(f"{kind}ForCausalLM", f"{kind}Config", **(fields | {"residual_in_fp32": True}))().to(dtype).eval()
+    with seeded("batch"):
+        batch = tokens()
+    model = mhcify(copy.deepcopy(original), {"input_ids": batch})
+    with torch.no_grad():
+        want, got = (m(batch, output_hidden_states=True) for m in (original, model))
+    assert [state.dtype for state in got.hidden_states] == [state.dtype for state in want.hidden_states]
+    assert relative(got.logits, want.logits) <= (1e-5 if dtype == torch.float32 else 0.05)
+
+
+class Container(nn.Module):
+    """A model whose own forward holds the adds, and returns what transformers' models return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> BaseModelOutput:
+        for block in self.blocks:
+            x = x + block(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+def test_a_model_output_stays_one() -> None:
+    x = torch.randn(2, 5, 8)
+    original = Container()
+    model = mhcify(copy.deepcopy(original), {"x": x})
+    result = model(x)
+    assert type(result) is BaseModelOutput
+    assert relative(result[0].detach(), original(x).last_hidden_state.detach()) <= 1e-5
+    assert result.last_hidden_state is result[0] and result.hidden_states is None
+
+
 @pytest.mark.slow
 @rows(["GPT-2", "Llama"])
 def test_compiled_without_a_graph_break(family: Family) -> None:
-    # Two streams and three iterations: compile time is that of the unrolled coefficients.
-    model = mhcify(family.model(torch.float32), family.example(torch.float32), n_streams=2, sinkhorn_iterations=3)
+    # Two layers, two streams and three iterations: compile time is that of the unrolled coefficients.
+    original = family.model(torch.float32)
+    stack = original.get_submodule(family.streams[0][0].rpartition(".")[0].rpartition(".")[0])
+    del stack[2:]
+    original.config.num_hidden_layers = 2
+    model = mhcify(original, family.example(torch.float32), n_streams=2, sinkhorn_iterations=3)
     perturb(model)
     args, kwargs = family.arguments(torch.float32)
     kwargs["use_cache"] = False

@@ -81,7 +81,8 @@ def check_numbers(program: Program, n: int, evaluator: type[Evaluator] = Evaluat
     plain = Evaluator(program, program.build(), None, n)
     with torch.no_grad():
         start = plain(*inputs())
-        assert distance(as_tuple(model(*inputs())), start) <= PRESERVE
+        error = distance(as_tuple(model(*inputs())), start)
+    assert error <= PRESERVE, f"outputs at initialisation differ by {error:.1e}"
 
     perturb(model)
     own = dict(model.named_parameters())

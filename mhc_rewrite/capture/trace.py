@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ class TracedValue(fx.Proxy):
         return f"TracedValue({self.node.name})"
 
     def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.value, name)  # an AttributeError here is the user's, as it would be in life
+        with self.tracer.as_shadow():
+            attribute = getattr(self.value, name)  # an AttributeError here is the user's, as it would be in life
         if callable(attribute) and not isinstance(attribute, Tensor):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -203,7 +205,8 @@ class ModuleTracer(fx.Tracer):
         modules = [self.root, *self.inlined]
         before = [dict(module.__dict__) for module in modules]
         try:
-            with mock.patch.object(nn.Module, "__call__", self._module_call(nn.Module.__call__)), _Functions(self):
+            with self._factories(), mock.patch.object(nn.Module, "__call__", self._module_call(nn.Module.__call__)), \
+                    _Functions(self):  # fmt: skip
                 result = forward(self.root, *args, **kwargs)
             self._refuse_changes(modules, before)
         finally:
@@ -225,6 +228,21 @@ class ModuleTracer(fx.Tracer):
         node.meta["leaf"] = path
         return self._wrap(node, value, keep_opaque=True)
 
+    def _factories(self) -> contextlib.AbstractContextManager[Any]:
+        """Torch functions that take sizes and no tensor: torch's argument parser would refuse a traced size."""
+
+        def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if self.shadowing or not any(isinstance(leaf, TracedValue) for leaf in tree_leaves((args, kwargs))):
+                    return function(*args, **kwargs)
+                return self.create_proxy("call_function", function, args, kwargs)
+
+            return call
+
+        patched: dict[str, Any] = {name: traced(getattr(torch, name)) for name in vocabulary.FACTORIES}
+        return mock.patch.multiple(torch, **patched)
+
     def _module_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             path = self.paths.get(module)
@@ -245,7 +263,7 @@ class ModuleTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         source = user_line()
         self._check_context(source)
-        with self._as_shadow():  # the tracer's own torch calls are not the forward's
+        with self.as_shadow():  # the tracer's own torch calls are not the forward's
             value, facts = self._shadow(kind, target, args, kwargs)
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TracedValue)]
             if isinstance(value, _CONCRETE) and not self._must_stay(kind, target, inputs, value, source):
@@ -268,7 +286,7 @@ class ModuleTracer(fx.Tracer):
             return self._wrap(node, value)
 
     @contextlib.contextmanager
-    def _as_shadow(self) -> Iterator[None]:
+    def as_shadow(self) -> Iterator[None]:
         outer, self.shadowing = self.shadowing, True
         try:
             yield

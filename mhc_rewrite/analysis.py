@@ -258,7 +258,7 @@ def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
     return ResidualSite(
         name=name, holder=ref.holder, carrier=ref.carrier,
         branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
-        width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(site.read.meta["dtype"]),
+        width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(site.add.meta["dtype"]),
         source=site.add.meta.get("source") or SourceLine(ref.file, ref.line, ""),
     )  # fmt: skip
 

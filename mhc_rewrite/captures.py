@@ -5,7 +5,6 @@ Layers that are alike share a capture: the same class, attributes, structure and
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.call import PLAIN, CallShape, flatten
+from mhc_rewrite.capture.call import PLAIN, CallShape, copied, flatten
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.capture.trace import ModuleGraph, trace
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
+from mhc_rewrite.torch_private import without_hooks
 
 # Attributes that say how a module is run and not what it computes: the mode is part of every key, and checkpointing
 # wraps a forward from outside.
@@ -121,7 +121,7 @@ def capture_forward(
     Raises:
         CaptureError: the forward can't be captured.
     """
-    with undisturbed(module):
+    with undisturbed(module), without_hooks(module):
         if module.training is not training:
             module.train(training)
         graph = trace(module, name, forward or type(module).forward, bound, set(inlined))
@@ -140,7 +140,7 @@ def _copied(value: Any) -> Any:
         return type(value)(_copied(item) for item in value)
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
-    return copy.deepcopy(value)
+    return copied(value)
 
 
 def _form(value: Any) -> Any:

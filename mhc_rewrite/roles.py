@@ -173,7 +173,7 @@ class CarrierRole:
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
             if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
                 continue
-            if not _holds(module, variant.attributes):
+            if not _holds(module, variant.attributes) or not _has_dtypes(module, variant.captured.parameter_dtypes):
                 continue
             if variant.guards is not None or variant.sizes is not None:
                 trunk = self.as_trunk(leaves, arriving, form_only=True)
@@ -313,6 +313,14 @@ def _holds(module: nn.Module, attributes: tuple[tuple[str, str, Any], ...]) -> b
     for path, name, value in attributes:
         owner = module.get_submodule(path) if path else module
         if getattr(owner, name) != value:
+            return False
+    return True
+
+
+def _has_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
+    for path, dtype in dtypes.items():
+        owner, _, name = path.rpartition(".")
+        if getattr(module.get_submodule(owner), name).dtype != dtype:
             return False
     return True
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,3 +25,20 @@ class KeepsPrecision(nn.Module):
             return moved
 
         return super()._apply(keep_wide, recurse)
+
+
+@contextlib.contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, the forward hooks of a module and all below it do not run: a capture is no call that a user made.
+
+    Hooks can be removed in public, but only by who holds their handles. Should the attributes go, captures run hooks.
+    """
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(child, name, getattr(child, name)) for child in module.modules() for name in names]
+    try:
+        for child, name, _ in kept:
+            setattr(child, name, OrderedDict())
+        yield
+    finally:
+        for child, name, hooks in kept:
+            setattr(child, name, hooks)

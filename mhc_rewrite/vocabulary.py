@@ -61,6 +61,7 @@ def name_of(target: Any) -> str:
     if name.startswith("__") and name.endswith("__") and name not in FORM:
         name = name[2:-2]
     name = name.split(".")[0]  # an OpOverload is called "add.Tensor"
+    name = name.removeprefix("fft_")  # torch.fft.fftn calls itself "fft_fftn"
     return name[1:] if name.startswith("_") and name[1:] in MIXING else name
 
 

@@ -136,13 +136,9 @@ def hf_resnet() -> nn.Module:
     return lively(hf.ResNetModel(hf.ResNetConfig(**options)))
 
 
-def hf_detr() -> nn.Module:
-    backbone = hf.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-    )
-    options = dict(d_model=16, encoder_layers=2, decoder_layers=3, num_queries=5, auxiliary_loss=True)
-    options |= dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
-    return lively(hf.DetrModel(hf.DetrConfig(use_timm_backbone=False, backbone_config=backbone, **options)))
+def hf_yolos() -> nn.Module:
+    options = ENCODER | dict(image_size=[IMAGE, IMAGE], num_detection_tokens=4, use_mid_position_embeddings=True)
+    return lively(hf.YolosModel(hf.YolosConfig(**options)))
 
 
 TRANSFORMERS = [
@@ -213,14 +209,12 @@ TRANSFORMERS = [
         ("encoder.stages.1.layers.1.mhc_0", "encoder.stages.1.layers.2.mhc_0"),
         channel_dim=1,
     ),
-    # The backbone's stages have one block each.
     row(
-        "hf DETR",
-        hf_detr,
+        "hf YOLOS",
+        hf_yolos,
         pixels(),
-        by_hand.hf_detr,
-        chain("encoder.layers.*", 2, 2),
-        chain("decoder.layers.*", 3, 3),
+        by_hand.hf_yolos,
+        tuple(f"encoder.layer.{i}.{site}" for i in range(3) for site in ("mhc_0", "output.mhc_0")),
     ),
 ]
 
@@ -346,7 +340,7 @@ TIMM = [
     row(
         "timm regnet",
         timm_model("regnety_002"),
-        image(),
+        image(64),
         by_hand.timm_regnet,
         tuple(f"s3.b{b}.mhc_0" for b in range(2, 5)),
         tuple(f"s4.b{b}.mhc_0" for b in range(2, 8)),

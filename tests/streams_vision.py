@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.detr.modeling_detr import DetrDecoderOutput
 
 from oracle import Streams
 
@@ -204,56 +203,21 @@ def hf_resnet(model: nn.Module, sites: Sites, at: str = "") -> nn.Module:
     return model
 
 
-def hf_detr(model: nn.Module, sites: Sites) -> nn.Module:
-    """Post-norm; for the auxiliary loss the decoder norms its trunk once more between layers, and keeps the result.
+def hf_yolos(model: nn.Module, sites: Sites) -> nn.Module:
+    """The encoder adds positions to every stream between the layers; the second add of a layer is in a child."""
 
-    Between layers both norms act on every stream, and what is kept is the mean.
-    """
-
-    def encode(m: nn.Module, name: str) -> Callable[..., Tensor]:
-        def forward(x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, **kw: Any) -> Tensor:
-            positions = kw.get("spatial_position_embeddings", positions)
-            x = sites(f"{name}.mhc_0", x, lambda u: m.self_attn(u, mask, position_embeddings=positions)[0])
-            return m.final_layer_norm(sites(f"{name}.mhc_1", m.self_attn_layer_norm(x), m.mlp))
+    def stream(m: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            x = sites(f"{name}.mhc_0", x, lambda u: m.attention(m.layernorm_before(u)))
+            return sites(f"{name}.output.mhc_0", x, lambda u: m.output.dense(m.intermediate(m.layernorm_after(u))))
 
         return forward
 
-    def decode(m: nn.Module, name: str) -> Callable[..., Tensor]:
-        def forward(x, mask, positions, queries, memory, encoder_attention_mask=None, **_: Any) -> Tensor:
-            def look(u: Tensor) -> Tensor:
-                places = dict(position_embeddings=queries, encoder_position_embeddings=positions)
-                return m.encoder_attn(u, memory, attention_mask=encoder_attention_mask, **places)[0]
-
-            x = sites(f"{name}.mhc_0", x, lambda u: m.self_attn(u, mask, position_embeddings=queries)[0])
-            x = sites(f"{name}.mhc_1", m.self_attn_layer_norm(x), look)
-            return m.final_layer_norm(sites(f"{name}.mhc_2", m.encoder_attn_layer_norm(x), m.mlp))
-
-        return forward
-
-    for i, layer in enumerate(model.encoder.layers):
-        layer.forward = encode(layer, f"encoder.layers.{i}")
-    for i, layer in enumerate(model.decoder.layers):
-        layer.forward = decode(layer, f"decoder.layers.{i}")
-    # The decoder stacks what it keeps, so all of it has to have the original shape.
-    model.decoder.forward = lambda **kw: hf_detr_decoder(model.decoder, **kw)
+    for i, layer in enumerate(model.encoder.layer):
+        layer.forward = stream(layer, f"encoder.layer.{i}")
+    positions = model.encoder.interpolation.forward
+    model.encoder.interpolation.forward = lambda size: positions(size).unsqueeze(-2)
     return model
-
-
-def hf_detr_decoder(
-    m: nn.Module,
-    inputs_embeds: Tensor,
-    encoder_hidden_states: Tensor,
-    spatial_position_embeddings: Tensor,
-    object_queries_position_embeddings: Tensor,
-    **_: Any,
-) -> Any:
-    """Without masks: the images have one size and no padding."""
-    x, kept = inputs_embeds, []
-    for layer in m.layers:
-        x = layer(x, None, spatial_position_embeddings, object_queries_position_embeddings, encoder_hidden_states)
-        x = m.layernorm(x)
-        kept.append(x if x.dim() == 3 else x.mean(-2))
-    return DetrDecoderOutput(last_hidden_state=m.layernorm(x), intermediate_hidden_states=torch.stack(kept))
 
 
 # timm

@@ -6,12 +6,14 @@ a forward may branch on them, so each combination is a variant of its own. Plain
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -93,6 +95,12 @@ def _flatten(value: Any, path: str, key: list[Any], leaves: dict[str, Any]) -> N
     else:
         leaves[path] = value
         key.append((path, "object"))
+
+
+def copied(value: Any) -> Any:
+    """A copy of an object such as a cache, its tensors without their autograd history."""
+    with mock.patch.object(Tensor, "__deepcopy__", lambda tensor, memo: tensor.detach().clone()):
+        return copy.deepcopy(value)
 
 
 def replace_leaves(value: Any, path: str, leaves: dict[str, Any]) -> Any:

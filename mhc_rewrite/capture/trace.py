@@ -9,7 +9,7 @@ is an error.
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite import vocabulary
-from mhc_rewrite.capture.call import CallShape, flatten, replace_leaves
+from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.record import source_line, user_line
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.model import SourceLine
@@ -55,6 +55,7 @@ class ModuleGraph:
         constants: objects that the forward got from elsewhere.
         guards: conditions on sizes.
         asks_dtype: whether the forward looked at a dtype.
+        parameter_dtypes: the dtypes of parameters and buffers that it looked at, by path.
         pinned: whether it holds for inputs of the example's sizes only.
     """
 
@@ -64,6 +65,7 @@ class ModuleGraph:
     constants: tuple[Any, ...] = ()
     guards: list[Guard] = field(default_factory=list)
     asks_dtype: bool = False
+    parameter_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     pinned: bool = False
 
 
@@ -142,7 +144,10 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         traced = any(isinstance(leaf, TracedValue) for leaf in tree_leaves((args, kwargs)))
         if vocabulary.name_of(func) in vocabulary.FORM and not traced:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if isinstance(result, torch.dtype) and id(args[0]) in self.tracer.tensor_paths:
+                self.tracer.captured.parameter_dtypes[self.tracer.tensor_paths[id(args[0])]] = result
+            return result
         if getattr(func, "__name__", "") == "__get__":
             return self.tracer.create_proxy("call_function", getattr, (args[0], vocabulary.name_of(func)), {})
         if is_tensor_method_or_property(func):
@@ -223,7 +228,7 @@ class ModuleTracer(fx.Tracer):
         if isinstance(value, Tensor):
             value = value.detach().clone()  # in-place operations must not reach the caller
         elif not isinstance(value, torch.Generator):
-            value = copy.deepcopy(value)  # a cache must not grow
+            value = copied(value)  # a cache must not grow
         node = self.graph.placeholder(path.replace(".", "_").replace("*", "args_"))
         node.meta["leaf"] = path
         return self._wrap(node, value, keep_opaque=True)
@@ -360,7 +365,14 @@ class ModuleTracer(fx.Tracer):
             return a.node if isinstance(a, TracedValue) else a
         if isinstance(a, torch.Size):
             return tuple(a)
-        if isinstance(a, (tuple, list, dict, slice, range)) and not hasattr(a, "_fields"):
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            given = {field.name: self.create_arg(getattr(a, field.name)) for field in dataclasses.fields(a)}
+            return self.graph.call_function(
+                type(a), (), {name: item for name, item in given.items() if item is not None}
+            )
+        if hasattr(a, "_fields"):
+            return self.graph.call_function(type(a), tuple(self.create_arg(item) for item in a))
+        if isinstance(a, (tuple, list, dict, slice, range)):
             return super().create_arg(a)
         return self._constant(a)
 
@@ -478,6 +490,11 @@ def _origin(node: fx.Node) -> str:
             return "content"
         todo.extend(node.all_input_nodes)
     return origin
+
+
+def is_structure(node: fx.Node) -> bool:
+    """Whether a node puts results together: a dataclass, such as transformers' outputs, or a named tuple."""
+    return node.op == "call_function" and isinstance(node.target, type)
 
 
 def has_effects(node: fx.Node) -> bool:

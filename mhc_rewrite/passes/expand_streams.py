@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from mhc_rewrite import streams
-from mhc_rewrite.capture.trace import ModuleGraph, has_effects
+from mhc_rewrite.capture.trace import ModuleGraph, has_effects, is_structure
 from mhc_rewrite.passes import lifting
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, Trunk, reads_form
 from mhc_rewrite.passes.lifting import Lift
@@ -156,7 +156,7 @@ class _Writer:
                 run, lift = self.lift_at[node]
                 lifted = lifting.write(self.graph, lift, self.wide[lift.trunk], self._reader(node), run.channel_dim)
                 self._widen(node, run, self._mark(lifted, "trunk", run, node))
-            elif node not in self.absorbed and not node.meta.get("guard"):
+            elif node not in self.absorbed and not node.meta.get("guard") and not is_structure(node):
                 self.plain[node] = self.graph.node_copy(node, self._reader(node))
             if node in entering and node not in self.wide:
                 run = entering[node]
@@ -235,7 +235,14 @@ class _Writer:
         def read(source: fx.Node) -> fx.Node:
             return self.wide[source] if source in sinks.values() else reader(source)
 
-        result = fx.node.map_arg(node.args[0], read)
+        def rebuild(source: fx.Node) -> fx.Node:
+            if not is_structure(source):
+                return read(source)
+            args, kwargs = fx.node.map_arg((source.args, source.kwargs), rebuild)
+            kind: Any = source.target
+            return self.graph.call_function(kind, args, kwargs)
+
+        result = fx.node.map_arg(node.args[0], rebuild)
         self.graph.output((result, tuple(self.wide[sinks[run]] for run in leaving)))
 
     def _mark(self, new: fx.Node, role: str, run: _Run | None, old: fx.Node) -> fx.Node:

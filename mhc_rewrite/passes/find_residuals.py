@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from mhc_rewrite import vocabulary
-from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.capture.trace import ModuleGraph, is_structure
 from mhc_rewrite.model import Rejection, SourceLine
 from mhc_rewrite.passes import lifting
 from mhc_rewrite.passes.find_carriers import STAGE
@@ -335,10 +335,8 @@ def output_leaves(graph: fx.Graph) -> list[object]:
         elif isinstance(value, dict):
             for item in value.values():
                 visit(item)
-        elif isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-            for item in value.kwargs.values():
-                if item is not None:
-                    visit(item)
+        elif isinstance(value, fx.Node) and is_structure(value):
+            visit((*value.args, *value.kwargs.values()))
         elif value is not None:
             leaves.append(value)
 

@@ -1,0 +1,485 @@
+"""Small captured graphs before and after `expand_streams`, as text: a change of structure shows as a difference.
+
+`EXPECTTEST_ACCEPT=1 pytest tests/test_passes.py` writes new texts; read them before they are committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+
+from mhc_rewrite.captures import Captured, capture_forward
+from mhc_rewrite.passes.expand_streams import Rewrite, SiteTarget, expand_streams
+
+WIDTH, N = 8, 3
+Forward = Callable[..., Any]
+
+
+class Layer(nn.Module):
+    """What the forwards below are made of."""
+
+    def __init__(self, forward: Forward, channels_first: bool = False) -> None:
+        super().__init__()
+        self.run = forward
+        self.a, self.b = (nn.Conv2d(WIDTH, WIDTH, 1) if channels_first else nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.norm1, self.norm2 = (nn.BatchNorm2d(WIDTH) if channels_first else nn.LayerNorm(WIDTH) for _ in range(2))
+        self.dropout = nn.Dropout(0.1)
+        self.gamma = nn.Parameter(torch.ones(WIDTH))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def features(*shape: int) -> Tensor:
+    return torch.randn(shape or (2, 5, WIDTH), generator=torch.Generator().manual_seed(0))
+
+
+def capture(layer: Layer, x: Tensor | None = None, training: bool = False) -> Captured:
+    return capture_forward(layer, "layer", {"x": features() if x is None else x}, [], training)
+
+
+def rewrite(captured: Captured, arriving: bool = False, leaving: bool = False, excluded: tuple[int, ...] = ()) -> Rewrite:
+    """All its sites in one stream, `mhc_<k>` in the order of execution."""
+    graph, residuals = captured
+    sites = sorted((site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place)
+    targets = {site.key: SiteTarget(None if k in excluded else f"mhc_{k}", 0) for k, site in enumerate(sites)}
+    return expand_streams(
+        graph, residuals, targets, n=N, collapse="mean",
+        arriving=frozenset({0} if arriving else ()), leaving=frozenset({0} if leaving else ()),
+    )  # fmt: skip
+
+
+def text(graph: fx.Graph) -> str:
+    """One line a node: what it computes, and its role and shape where it is one of the stream's."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        args = [_argument(arg) for arg in node.args] + [f"{name}={_argument(arg)}" for name, arg in node.kwargs.items()]
+        if node.op == "placeholder":
+            line = f"{node.name}: placeholder"
+        elif node.op == "output":
+            line = f"return {', '.join(args)}"
+        elif node.op == "call_module":
+            line = f"{node.name} = {node.target}({', '.join(args)})"
+        elif node.op == "call_method":
+            line = f"{node.name} = {args[0]}.{node.target}({', '.join(args[1:])})"
+        else:
+            line = f"{node.name} = {node.target.__name__}({', '.join(args)})"
+        if role := node.meta.get("role"):
+            line += f"  # {role} {node.meta.get('shape', '')}".rstrip()
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _argument(arg: Any) -> str:
+    def name(node: fx.Node) -> fx.Node | _Path:
+        return _Path(str(node.target)) if node.op == "get_attr" else node
+
+    return repr(fx.node.map_arg(arg, name))
+
+
+class _Path(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+# -- golden texts ----------------------------------------------------------------------------------------------------
+
+
+def pre_norm(self: Any, x: Tensor) -> Tensor:
+    x = x + self.a(self.norm1(x))
+    return x + self.b(self.norm2(x))
+
+
+def test_pre_norm() -> None:
+    captured = capture(Layer(pre_norm))
+    assert_expected_inline(text(captured[0].graph), """\
+x: placeholder
+norm1 = norm1(x)
+a = a(norm1)
+add = add(x, a)
+norm2 = norm2(add)
+b = b(norm2)
+add_1 = add(add, b)
+return add_1""")
+    made = rewrite(captured)
+    assert_expected_inline(text(made.graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+norm1 = norm1(getitem)
+a = a(norm1)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 5, 3, 8)
+pre_1 = mhc_1.pre(post)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+norm2 = norm2(getitem_2)
+b = b(norm2)
+post_1 = mhc_1.post(post, b, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+    assert (made.sites, made.lifted, made.outgoing) == (2, (), ())
+
+
+def test_pre_norm_in_the_middle_of_a_stream() -> None:
+    """Streams come in and go out: nothing is expanded and nothing collapsed."""
+    made = rewrite(capture(Layer(pre_norm)), arriving=True, leaving=True)
+    assert_expected_inline(text(made.graph), """\
+x: placeholder  # trunk (2, 5, 3, 8)
+pre = mhc_0.pre(x)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+norm1 = norm1(getitem)
+a = a(norm1)
+post = mhc_0.post(x, a, getitem_1)  # post (2, 5, 3, 8)
+pre_1 = mhc_1.pre(post)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+norm2 = norm2(getitem_2)
+b = b(norm2)
+post_1 = mhc_1.post(post, b, getitem_3)  # post (2, 5, 3, 8)
+return (post_1, (post_1,))""")
+    assert made.outgoing == (0,)
+
+
+def test_pre_norm_where_a_stream_begins_and_ends() -> None:
+    captured = capture(Layer(pre_norm))
+    begins, passes, ends = (
+        text(rewrite(captured, *ways).graph).splitlines() for ways in ((False, True), (True, True), (True, False))
+    )
+    assert_expected_inline("\n".join(begins[:3]), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre""")
+    assert_expected_inline("\n".join(ends[-2:]), """\
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+    assert begins[-1] == passes[-1] and ends[:-2] == passes[:-1]
+
+
+def test_post_norm() -> None:
+    """The first norm is lifted to every stream, the second comes after the collapse."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.a(x))
+        return self.norm2(x + self.b(x))
+
+    captured = capture(Layer(forward))
+    assert_expected_inline(text(captured[0].graph), """\
+x: placeholder
+a = a(x)
+add = add(x, a)
+norm1 = norm1(add)
+b = b(norm1)
+add_1 = add(norm1, b)
+norm2 = norm2(add_1)
+return norm2""")
+    made = rewrite(captured)
+    assert_expected_inline(text(made.graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 5, 3, 8)
+norm1 = norm1(post)  # trunk (2, 5, 3, 8)
+pre_1 = mhc_1.pre(norm1)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+b = b(getitem_2)
+post_1 = mhc_1.post(norm1, b, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+norm2 = norm2(collapse)
+return (norm2, ())""")
+    assert made.lifted == ("layer: norm1",)
+    # Where the stream goes on, the second norm is on the trunk, too.
+    made = rewrite(captured, leaving=True)
+    assert_expected_inline(text(made.graph).splitlines()[-2], """norm2 = norm2(post_1)  # trunk (2, 5, 3, 8)""")
+    assert made.lifted == ("layer: norm1", "layer: norm2")
+
+
+def test_parallel() -> None:
+    """Two branches in either association are one site: the branch is their sum."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        return x + self.a(h) + self.b(h)
+
+    assert_expected_inline(text(rewrite(capture(Layer(forward))).graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+norm1 = norm1(getitem)
+a = a(norm1)
+b = b(norm1)
+add = add(a, b)
+post = mhc_0.post(expand, add, getitem_1)  # post (2, 5, 3, 8)
+collapse = collapse(post, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+
+    def nested(self: Any, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        return x + (self.a(h) + self.b(h))
+
+    def turned(self: Any, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        return self.a(h) + x + self.b(h)
+
+    want = text(rewrite(capture(Layer(forward))).graph)
+    assert text(rewrite(capture(Layer(nested))).graph) == text(rewrite(capture(Layer(turned))).graph) == want
+
+
+def test_in_place() -> None:
+    """The streams are a view of one tensor: nothing may write to them."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += self.a(x)
+        x.add_(self.b(x), alpha=0.5)
+        return x
+
+    captured = capture(Layer(forward))
+    assert_expected_inline(text(captured[0].graph), """\
+x: placeholder
+clone = x.clone()
+a = a(clone)
+iadd = iadd(clone, a)
+b = b(iadd)
+add_ = iadd.add_(b, alpha=0.5)
+return add_""")
+    assert_expected_inline(text(rewrite(captured).graph), """\
+x: placeholder
+clone = x.clone()
+expand = expand(clone, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 5, 3, 8)
+pre_1 = mhc_1.pre(post)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+b = b(getitem_2)
+mul = mul(b, 0.5)
+post_1 = mhc_1.post(post, mul, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+
+
+def test_factors() -> None:
+    """`alpha` belongs to the second operand, whichever of the two is the trunk; DeepNorm's factor is lifted."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.add(x, self.a(x), alpha=0.5)
+        x = torch.add(self.b(x), x, alpha=0.25)
+        return x * 0.81 + self.gamma * self.a(x)
+
+    assert_expected_inline(text(rewrite(capture(Layer(forward))).graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+mul = mul(a, 0.5)
+post = mhc_0.post(expand, mul, getitem_1)  # post (2, 5, 3, 8)
+pre_1 = mhc_1.pre(post)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+b = b(getitem_2)
+mul_1 = mul(post, 0.25)
+post_1 = mhc_1.post(mul_1, b, getitem_3)  # post (2, 5, 3, 8)
+pre_2 = mhc_2.pre(post_1)  # pre
+getitem_4 = getitem(pre_2, 0)
+getitem_5 = getitem(pre_2, 1)
+mul_2 = mul(post_1, 0.81)  # trunk (2, 5, 3, 8)
+a_1 = a(getitem_4)
+mul_3 = gamma.mul(a_1)
+post_2 = mhc_2.post(mul_2, mul_3, getitem_5)  # post (2, 5, 3, 8)
+collapse = collapse(post_2, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+
+
+def test_excluded_site() -> None:
+    """Its block reads the mean, and every stream receives its result."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        x = x + self.b(x)
+        return x + self.a(x)
+
+    assert_expected_inline(text(rewrite(capture(Layer(forward)), excluded=(1,)).graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 5, 3, 8)
+read_mean = read_mean(post, -1)
+b = b(read_mean)
+plain_add = plain_add(post, b, -1)  # post (2, 5, 3, 8)
+pre_1 = mhc_2.pre(plain_add)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+a_1 = a(getitem_2)
+post_1 = mhc_2.post(plain_add, a_1, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+
+
+def test_other_readers() -> None:
+    """Who reads the trunk beside the sites gets the mean; who reads its form, one stream's."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        x = x + self.a(x)
+        rows = x.shape[0]
+        early = torch.tanh(x)
+        x = x + self.b(x)
+        return x, early, rows
+
+    assert_expected_inline(text(rewrite(capture(Layer(forward))).graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 5, 3, 8)
+pre_1 = mhc_1.pre(post)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+one_stream = one_stream(post, -1)
+getattr_1 = getattr(one_stream, 'shape')
+getitem_4 = getitem(getattr_1, 0)
+read_mean = read_mean(post, -1)
+tanh = tanh(read_mean)
+b = b(getitem_2)
+post_1 = mhc_1.post(post, b, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return ((collapse, tanh, getitem_4), ())""")
+
+
+def test_dropout_on_the_trunk() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.dropout(x + self.a(x))
+        x = F.dropout(x, 0.2, self.training)
+        return x + self.b(x)
+
+    made = rewrite(capture(Layer(forward), training=True))
+    assert_expected_inline(text(made.graph), """\
+x: placeholder
+expand = expand(x, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 5, 3, 8)
+shared_dropout_module = shared_dropout_module(dropout, post, -1)  # trunk (2, 5, 3, 8)
+shared_dropout = shared_dropout(shared_dropout_module, 0.2, True, -1)  # trunk (2, 5, 3, 8)
+pre_1 = mhc_1.pre(shared_dropout)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+b = b(getitem_2)
+post_1 = mhc_1.post(shared_dropout, b, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+    assert made.lifted == ("layer: dropout", "layer: dropout_1")
+
+
+def test_channels_first() -> None:
+    """C is axis 1, so n is too; relu and the norm in eval mode act on every stream."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(x + self.a(x), inplace=True)
+        return F.relu(x + self.norm1(self.b(x)))
+
+    made = rewrite(capture(Layer(forward, channels_first=True), features(2, WIDTH, 4, 4)))
+    assert_expected_inline(text(made.graph), """\
+x: placeholder
+expand = expand(x, 3, 1)  # expand (2, 3, 8, 4, 4)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+post = mhc_0.post(expand, a, getitem_1)  # post (2, 3, 8, 4, 4)
+relu = relu(post)  # trunk (2, 3, 8, 4, 4)
+pre_1 = mhc_1.pre(relu)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+b = b(getitem_2)
+norm1 = norm1(b)
+post_1 = mhc_1.post(relu, norm1, getitem_3)  # post (2, 3, 8, 4, 4)
+collapse = collapse(post_1, 1, 'mean')  # collapse (2, 8, 4, 4)
+relu_1 = relu(collapse, inplace=False)
+return (relu_1, ())""")
+
+
+def test_untouched_adds() -> None:
+    """What is no site stays as it is, beside the sites and in their branches."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x + self.gamma
+        h = self.a(x)
+        h = 0.5 * h * (1 + torch.tanh(0.8 * (h + 0.04 * h**3)))
+        x = x + h
+        return x + self.b(x)
+
+    assert_expected_inline(text(rewrite(capture(Layer(forward))).graph), """\
+x: placeholder
+add = add(x, gamma)
+expand = expand(add, 3, -1)  # expand (2, 5, 3, 8)
+pre = mhc_0.pre(expand)  # pre
+getitem = getitem(pre, 0)
+getitem_1 = getitem(pre, 1)
+a = a(getitem)
+mul = mul(0.5, a)
+pow_1 = pow(a, 3)
+mul_1 = mul(0.04, pow_1)
+add_1 = add(a, mul_1)
+mul_2 = mul(0.8, add_1)
+tanh = tanh(mul_2)
+add_2 = add(1, tanh)
+mul_3 = mul(mul, add_2)
+post = mhc_0.post(expand, mul_3, getitem_1)  # post (2, 5, 3, 8)
+pre_1 = mhc_1.pre(post)  # pre
+getitem_2 = getitem(pre_1, 0)
+getitem_3 = getitem(pre_1, 1)
+b = b(getitem_2)
+post_1 = mhc_1.post(post, b, getitem_3)  # post (2, 5, 3, 8)
+collapse = collapse(post_1, -1, 'mean')  # collapse (2, 5, 8)
+return (collapse, ())""")
+
+
+# -- what a pass may not do ------------------------------------------------------------------------------------------
+
+
+def metadata(graph: fx.Graph) -> list[Mapping[str, Any]]:
+    return [dict(node.meta) for node in graph.nodes]
+
+
+def test_the_passes_change_no_graph() -> None:
+    """Neither finding nor rewriting writes into the captured graph; rewriting twice gives the same."""
+    captured = capture(Layer(pre_norm))
+    graph, residuals = captured
+    before = text(graph.graph), str(graph.graph), metadata(graph.graph), list(graph.graph.nodes)
+    sites = [(site.add, site.read, list(site.chain), set(site.region)) for trunk in residuals.trunks for site in trunk.sites]
+    first = text(rewrite(captured).graph)
+    rewrite(captured, arriving=True, leaving=True)
+    assert text(rewrite(captured).graph) == first
+    assert (text(graph.graph), str(graph.graph), metadata(graph.graph), list(graph.graph.nodes)) == before
+    assert sites == [(s.add, s.read, list(s.chain), set(s.region)) for trunk in residuals.trunks for s in trunk.sites]

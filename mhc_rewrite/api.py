@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from mhc_rewrite.listing import list_graph
 from mhc_rewrite.model import ListedGraph, ResidualSite, RewritePlan, RewriteReport
 
 _PLAN = "_mhc_plan"
+
+log = logging.getLogger(__name__)
 
 
 def plan(
@@ -86,6 +89,7 @@ def mhcify(
         uninstall(model)
         raise
     model.__dict__[_PLAN] = analysis.plan
+    log.info("%s: %d sites in %d streams", type(model).__name__, len(analysis.plan.sites), len(analysis.plan.streams))
     return model
 
 

@@ -7,6 +7,7 @@ tensors, from the specification alone. Nothing here knows how the package under 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import linecache
 import sys
 import types
@@ -144,11 +145,10 @@ FUSED = ("norm", "relu", "relu_module", "relu_", "tanh", "times", "affine")
 # On the trunk beside a branch that does not read the result; at the first site only what needs no lifting.
 FIRST_TRUNKS = ("times", "halve", "double", "cast", "dropout")
 LATER_TRUNKS = ("relu", "tanh", "norm", "affine")
+# A list of tokens and back; T first and back.
 REGIONS = (
-    *(("view", back) for back in ("view_back", "reshape_back", "unflatten_back")),
-    ("reshape", "view_back"),
-    ("flatten", "unflatten_back"),
-    ("transpose", "transpose"),
+    *itertools.product(("view", "reshape", "flatten"), ("view_back", "reshape_back", "unflatten_back")),
+    *(("transpose", "transpose"),) * 3,
 )
 
 
@@ -236,7 +236,7 @@ def site(draw: Draw, body: Body, inputs: bool, in_place: bool, first: bool) -> S
 
 def chain(draw: Draw, body: Body, count: int, options: Options, aux: bool = False) -> None:
     """Appends `count` sites to a body, with operations on the trunk between them and after the last."""
-    region = options.region if count and some(draw, 2) else None
+    region = options.region if count and not some(draw, 3) else None
     opens = draw(st.integers(0, count - 1)) if region else -1
     closes = draw(st.integers(opens, count - 1)) if region else -1
     inputs, items = options.inputs, body.items

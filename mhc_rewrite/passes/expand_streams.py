@@ -11,6 +11,7 @@ the trunk reads the mean of the streams; what reads its shape or dtype alone rea
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mhc_rewrite.capture.trace import ModuleGraph, has_effects, is_structure
 from mhc_rewrite.passes import lifting
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, Trunk, reads_form
 from mhc_rewrite.passes.lifting import Lift
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,10 @@ class Rewrite:
 
     Attributes:
         graph: returns (what the original returns, the streams that go out).
-        sites: adds rewritten.
-        lifted: operations lifted, `<holder>: <operation>`.
         outgoing: the stream numbers of the second result, in order.
     """
 
     graph: fx.Graph
-    sites: int
-    lifted: tuple[str, ...]
     outgoing: tuple[int, ...]
 
 
@@ -156,7 +155,7 @@ class _Writer:
                 run, lift = self.lift_at[node]
                 lifted = lifting.write(self.graph, lift, self.wide[lift.trunk], self._reader(node), run.channel_dim)
                 self._widen(node, run, self._mark(lifted, "trunk", run, node))
-            elif node not in self.absorbed and not node.meta.get("guard") and not is_structure(node):
+            elif node not in self.absorbed and not node.meta.get("guard") and not _is_result(node):
                 self.plain[node] = self.graph.node_copy(node, self._reader(node))
             if node in entering and node not in self.wide:
                 run = entering[node]
@@ -164,9 +163,12 @@ class _Writer:
                 self._widen(node, run, self._mark(expanded, "expand", run, node))
         self.graph.eliminate_dead_code(is_impure_node=has_effects)
         self.graph.lint()
-        names = tuple(f"{n.meta.get('holder') or self.captured.module}: {n.name}" for n in self.lift_at)
-        outgoing = tuple(run.stream for run in self.runs if run.leaves)
-        return Rewrite(self.graph, len(self.site_at), names, outgoing)
+        log.debug(
+            "expand_streams %s: %d sites, %d operations lifted, nodes %d -> %d",
+            self.captured.module or "model", len(self.site_at), len(self.lift_at),
+            len(self.captured.graph.nodes), len(self.graph.nodes),
+        )  # fmt: skip
+        return Rewrite(self.graph, tuple(run.stream for run in self.runs if run.leaves))
 
     def _widen(self, node: fx.Node, run: _Run, wide: fx.Node) -> None:
         """Notes the streams of a trunk node and makes what the sites that read it need."""
@@ -236,7 +238,7 @@ class _Writer:
             return self.wide[source] if source in sinks.values() else reader(source)
 
         def rebuild(source: fx.Node) -> fx.Node:
-            if not is_structure(source):
+            if not _is_result(source):
                 return read(source)
             args, kwargs = fx.node.map_arg((source.args, source.kwargs), rebuild)
             kind: Any = source.target
@@ -256,3 +258,8 @@ class _Writer:
         else:
             new.meta.pop("shape", None)
         return new
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether a node does nothing but put together what the graph returns."""
+    return is_structure(node) and all(user.op == "output" or _is_result(user) for user in node.users)

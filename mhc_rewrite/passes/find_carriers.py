@@ -6,7 +6,6 @@ of find_residuals, on the graphs of the modules that this pass names.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from mhc_rewrite import vocabulary
@@ -194,7 +193,7 @@ def _reject(recording: Recording, operation: Operation, rule: str, reason: str) 
 
 def _unique(rejections: list[Rejection]) -> list[Rejection]:
     """One rejection a source line: layers repeat."""
-    by_line: dict[object, Rejection] = defaultdict()
+    by_line: dict[object, Rejection] = {}
     for rejection in rejections:
         by_line.setdefault((rejection.source, rejection.rule), rejection)
     return list(by_line.values())

@@ -258,9 +258,15 @@ def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
     return ResidualSite(
         name=name, holder=ref.holder, carrier=ref.carrier,
         branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
-        width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(site.add.meta["dtype"]),
+        width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(_trunk_dtype(site)),
         source=site.add.meta.get("source") or SourceLine(ref.file, ref.line, ""),
     )  # fmt: skip
+
+
+def _trunk_dtype(site: FoundSite) -> torch.dtype:
+    """The sum's dtype, which the streams have; what the branch reads where that can't be one."""
+    read: torch.dtype = site.read.meta["dtype"]
+    return site.add.meta["dtype"] if read in _DTYPES else read
 
 
 def _agreed_chains(modes: list[_Mode]) -> list[tuple[tuple[SiteRef, ...], LinkedStream]]:
@@ -323,7 +329,7 @@ def _check_patterns(config: MHCConfig, sites: Any, modes: list[_Mode]) -> None:
 
 
 def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Rejection:
-    first = sites[0]
+    first = next((site for site in sites if not site.excluded), sites[0])
     if count == 0:
         return Rejection(first.holder, first.source, "excluded", "every site of this stream was excluded")
     return Rejection(first.holder, first.source, "single-site" if count == 1 else "min-sites",

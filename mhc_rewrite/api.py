@@ -168,6 +168,8 @@ def _analyse(
 ) -> tuple[tuple[Any, ...], dict[str, Any], Analysis]:
     if config is not None and fields:
         raise ConfigError(f"Give either config= or fields, not both (got config and {', '.join(fields)}).")
+    if config is not None and not isinstance(config, MHCConfig):
+        raise ConfigError(f"config= takes an MHCConfig, not {type(config).__name__}; MHCConfig.from_dict makes one.")
     chosen = config or MHCConfig.from_fields(fields)
     _check_model(model)
     args, kwargs = example_call(model, example_inputs)

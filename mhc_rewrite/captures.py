@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mhc_rewrite.capture.call import PLAIN, CallShape, copied, flatten
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.capture.trace import ModuleGraph, trace
+from mhc_rewrite.capture.trace import ModuleGraph, capture_error, trace
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
 from mhc_rewrite.torch_private import without_hooks
@@ -80,11 +80,16 @@ class Captures:
             for handle in handles:
                 handle.remove()
         for kind, like, bound in waiting:
+            carrier = self.model.get_submodule(kind.module)
+            if "forward" in carrier.__dict__:
+                why = "something replaced the instance's forward; remove that wrapper first"
+                self.by_kind[kind] = capture_error(kind.module, carrier, None, why)
+                continue
             captured = self._alike.get(like)
             if captured is None:
                 try:
                     captured = capture_forward(
-                        self.model.get_submodule(kind.module), kind.module, bound,
+                        carrier, kind.module, bound,
                         {self.model.get_submodule(part) for part in self.inlined[kind.module]}, training,
                     )  # fmt: skip
                 except CaptureError as error:

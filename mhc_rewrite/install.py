@@ -138,13 +138,12 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
         raise UnsupportedModelError(f"{site.holder or 'The model'!r} has an attribute {name!r} of its own; rename it.")
     tensor = next(itertools.chain(holder.parameters(), model.parameters()), None)
     double = site.dtype == "torch.float64"
-    holder.add_module(
-        name,
-        HyperConnection(
+    with torch.inference_mode(False):  # the mode of the conversion is not that of the model
+        connection = HyperConnection(
             site.width, config, index=index, channel_dim=site.channel_dim,
             device=tensor.device if tensor is not None else None, dtype=torch.float64 if double else torch.float32,
-        ),
-    )  # fmt: skip
+        )  # fmt: skip
+    holder.add_module(name, connection.train(holder.training))
 
 
 def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:

@@ -389,7 +389,8 @@ def decoder(norm_first: bool) -> Callable[[], nn.Module]:
 
 
 def transformer() -> nn.Module:
-    return lively(nn.Transformer(16, 2, 2, 2, 32, batch_first=True))
+    """Sequence first, as it is by default."""
+    return lively(nn.Transformer(16, 2, 2, 2, 32))
 
 
 TORCH = [
@@ -416,7 +417,7 @@ TORCH += [
     row(
         "torch Transformer",
         transformer,
-        sequence(7, 5),
+        lambda: (torch.randn(7, 2, 16), torch.randn(5, 2, 16)),
         by_hand.torch_transformer,
         chain("encoder.layers.*", 2, 2),
         chain("decoder.layers.*", 2, 3),

@@ -39,7 +39,9 @@ def capture(layer: Layer, x: Tensor | None = None, training: bool = False) -> Ca
     return capture_forward(layer, "layer", {"x": features() if x is None else x}, [], training)
 
 
-def rewrite(captured: Captured, arriving: bool = False, leaving: bool = False, excluded: tuple[int, ...] = ()) -> Rewrite:
+def rewrite(
+    captured: Captured, arriving: bool = False, leaving: bool = False, excluded: tuple[int, ...] = ()
+) -> Rewrite:
     """All its sites in one stream, `mhc_<k>` in the order of execution."""
     graph, residuals = captured
     sites = sorted((site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place)

@@ -90,15 +90,16 @@ def inner_residual(k: Held, a: Tensor) -> Tensor:
     return linear(k[2], h) + linear(k[2], linear(k[1], h)) - k[2].bias
 
 
-# Mix features: each of these makes its argument a block's output.
+# Mix features: each of these makes its argument a block's output. Nothing here or below grows faster than its argument:
+# a chain of squares would leave the range of numbers.
 MIXERS = {
     "linear": Op("{0}({a})", lambda k, a: linear(k[0], a), (LINEAR,)),
     "functional": Op("F.linear({a}, {0})", lambda k, a: a @ k[0].T, (SQUARE.format("C"),)),
     "matmul": Op("{a} @ {0}", lambda k, a: torch.einsum("...c,cd->...d", a, k[0]), (SQUARE.format("C"),)),
     "mlp": Op("{0}({a})", lambda k, a: linear(k[0].down, F.gelu(linear(k[0].up, a))), ("MLP()",)),
-    "swiglu": Op(
-        "{0}(F.silu({1}({a})) * {2}({a}))",
-        lambda k, a: linear(k[0], F.silu(linear(k[1], a)) * linear(k[2], a)),
+    "glu": Op(
+        "{0}(torch.sigmoid({1}({a})) * {2}({a}))",
+        lambda k, a: linear(k[0], linear(k[1], a).sigmoid() * linear(k[2], a)),
         (LINEAR,) * 3,
     ),
     "attention": Op("{0}({a})", lambda k, a: k[0](a), ("Attention()",)),
@@ -131,8 +132,8 @@ DECOYS = {
         (LINEAR, LINEAR),
     ),
     "self_modulate": Op(
-        "{a} * (1 + {0}({a})) + {1}({a})",
-        lambda k, a: torch.addcmul(linear(k[1], a) + a, a, linear(k[0], a)),
+        "{a} * (1 + torch.tanh({0}({a}))) + {1}({a})",
+        lambda k, a: torch.addcmul(linear(k[1], a) + a, a, linear(k[0], a).tanh()),
         (LINEAR, LINEAR),
     ),
     "inner_residual": Op("{t}h = {0}({a})\n{t}h = {t}h + {1}({t}h)\n{2}({t}h)", inner_residual, (LINEAR,) * 3),

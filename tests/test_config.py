@@ -87,6 +87,12 @@ NOT_INTS = (0, -1, 2.0, "4", None, True, math.nan)
         *(("eps_norm", value, "a positive number") for value in (0, 0.0, -1e-6, "1e-6", None, True, math.nan)),
         *(("include", value, "name patterns") for value in (("",), (1,), ("a", None))),
         *(("exclude", value, "name patterns") for value in (("",), [2])),
+        *(
+            pytest.param(field, value, "name patterns", marks=pytest.mark.xfail(reason="a TypeError", strict=True))
+            for field in ("include", "exclude")
+            for value in (None, 3)
+        ),
+        pytest.param("eps_norm", math.inf, "a positive number", marks=pytest.mark.xfail(reason="taken", strict=True)),
     ],
 )
 def test_refused(field: str, value: Any, expected: str) -> None:
@@ -119,7 +125,7 @@ def test_frozen_and_hashable() -> None:
 
 
 def test_sum_contradicts_preserve() -> None:
-    with pytest.raises(ConfigError, match="collapse='sum'.*contradicts init='preserve'.*Use collapse='mean', or init"):
+    with pytest.raises(ConfigError, match=r"collapse='sum'.*contradicts init='preserve'.*Use collapse='mean', or init"):
         MHCConfig(collapse="sum")
 
 

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from families_vision import FAMILIES, encoder
+from families_vision import FAMILIES, VIT, encoder, lively
 from family import (
     PERTURBED_FP64,
     PRESERVE_FP64,
@@ -18,10 +19,11 @@ from family import (
     check_preserve,
     check_structure,
     output,
+    plan_streams,
     relative,
     seeded,
 )
-from mhc_rewrite import mhcify
+from mhc_rewrite import mhcify, plan
 from oracle import perturb, site_names, site_params
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -37,6 +39,9 @@ def by_hand(family: Family, original: nn.Module, converted: nn.Module) -> Callab
 def perturbed(family: Family) -> tuple[nn.Module, Callable[..., object], nn.Module]:
     """A converted and perturbed model, its hand-written counterpart, and the module that the latter runs."""
     model = family.model()
+    args, kwargs = family.arguments()
+    with torch.no_grad():
+        model(*args, **kwargs)  # transformers' Swin keeps the window size that fitted its first image
     original = copy.deepcopy(model)
     perturb(mhcify(model, family.example()))
     return model, by_hand(family, original, model), original
@@ -71,6 +76,14 @@ def test_training_mode_draws_and_counts_as_the_original(family: Family) -> None:
     buffers = dict(converted.named_buffers())
     for name, buffer in original.named_buffers():
         assert torch.allclose(buffers[name], buffer, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize(
+    "name", ["hf CLIP", "hf Swin", "timm convnext", "torch decoder, norm last", "torch Transformer"]
+)
+def test_example_inputs_can_be_left_out(name: str) -> None:
+    family = BY_NAME[name]
+    assert plan_streams(plan(family.model(torch.float32))) == family.streams
 
 
 @pytest.mark.parametrize(
@@ -122,6 +135,23 @@ def test_hidden_states_are_means(name: str, layers: Callable[[nn.Module], list[n
     # The first entry may be what the first layer reads.
     for mine, theirs in zip(got[-len(states) :], states, strict=True):
         assert relative(mine, theirs if theirs.dim() == mine.dim() else theirs.mean(-2)) <= PERTURBED_FP64
+
+
+@pytest.mark.parametrize("name", ["timm resnet18", "timm vit", "timm convnext"])
+def test_feature_pyramids(name: str) -> None:
+    """timm's backbones collect the trunk between the stages."""
+    architecture, options = {
+        "timm resnet18": ("resnet18", {"channels": (64, 16, 24, 32)}),
+        "timm vit": ("vit_tiny_patch16_224", VIT),
+        "timm convnext": ("test_convnext", {}),
+    }[name]
+    with seeded(name):
+        model = lively(timm.create_model(architecture, features_only=True, pretrained=False, **options)).double().eval()
+    (x,) = BY_NAME[name].example()
+    with torch.no_grad():
+        want = model(x)
+        got = mhcify(model, (x,))(x)
+    assert max(relative(mine, theirs) for mine, theirs in zip(got, want, strict=True)) <= PRESERVE_FP64
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

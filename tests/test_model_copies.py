@@ -269,12 +269,13 @@ def test_frozen_parameters(case: Case) -> None:
     assert any(bool(g.any()) for g in gradient.values())
 
 
-def test_under_no_grad_and_inference_mode(case: Case) -> None:
-    for mode in (torch.no_grad, torch.inference_mode):
-        model = case.original()
-        want = case.run(model)
-        with mode():
-            mhcify(model, case.example())
-            assert relative(case.run(model), want) <= TIGHT
-        assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
-        assert gradients(model, case.run(model)).keys() == {name for name, _ in model.named_parameters()}
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_converted_without_gradients(case: Case, mode: Callable[[], Any]) -> None:
+    """The mode of the conversion is not that of the model: it trains afterwards."""
+    model = case.original()
+    want = case.run(model)
+    with mode():
+        mhcify(model, case.example())
+        assert relative(case.run(model), want) <= TIGHT
+    assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
+    assert gradients(model, case.run(model)).keys() == {name for name, _ in model.named_parameters()}

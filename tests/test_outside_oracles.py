@@ -243,6 +243,7 @@ def site_of(case: dict[str, Any], connection: str, transposed: bool) -> tuple[di
         ("columns_last", "large", 10 * CLOSE),
         ("mhc transposed", "large", 10 * CLOSE),
     ],
+    ids=["mhc, converged", "its order", "mhc transposed"],
 )
 def test_liger(monkeypatch: pytest.MonkeyPatch, liger: Any, connection: str, name: str, gradients: float) -> None:
     monkeypatch.setitem(CONNECTIONS, "columns_last", columns_last(0.0, transposed=False))

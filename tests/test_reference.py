@@ -168,7 +168,9 @@ def test_sinkhorn_gradient_is_that_of_the_iterations() -> None:
 def test_project(n: int, leading: tuple[int, ...]) -> None:
     width, k, eps = 6, n * n + 2 * n, 0.25
     streams, phi = gaussian(*leading, n, width), gaussian(n * width, k, seed=1)
-    normed = streams / torch.sqrt(torch.einsum("...jc,...jc->...", streams, streams) / (n * width) + eps)[..., None, None]
+    normed = (
+        streams / torch.sqrt(torch.einsum("...jc,...jc->...", streams, streams) / (n * width) + eps)[..., None, None]
+    )
     want = torch.einsum("...jc,jck->...k", normed, phi.reshape(n, width, k))  # row-major: stream 0 first
     torch.testing.assert_close(project(streams, phi, eps), want, rtol=1e-12, atol=1e-12)
 

@@ -9,18 +9,20 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+_PLAIN = (bool, int, float, str, type(None))
+
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Inside, the module may be run; outside, its buffers, training flags and the random states are as before.
+    """Inside, the module may be run; outside, its buffers, plain attributes and the random states are as before.
 
     No gradients are recorded. Caches that are passed in as arguments are the caller's to copy.
     """
     devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
-    modes = [(m, m.training) for m in module.modules()]
     buffers = [
         (m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
     ]
+    attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in module.modules()]
     random_state = random.getstate()
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -32,5 +34,5 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     buffer.copy_(value)
             owner._buffers[name] = buffer
-        for owner, mode in modes:
-            owner.training = mode
+        for owner, plain in attributes:  # the mode among them
+            owner.__dict__.update(plain)

@@ -78,6 +78,11 @@ class TracedValue(fx.Proxy):
         super().__init__(node, tracer)
         self.value = value
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """`isinstance(x, Tensor)` answers as in life. Torch's own dispatch looks at `__torch_function__` first."""
+        return Tensor if isinstance(self.value, Tensor) else TracedValue
+
     def __repr__(self) -> str:
         return f"TracedValue({self.node.name})"
 
@@ -213,7 +218,9 @@ class ModuleTracer(fx.Tracer):
             with self._factories(), mock.patch.object(nn.Module, "__call__", self._module_call(nn.Module.__call__)), \
                     _Functions(self):  # fmt: skip
                 result = forward(self.root, *args, **kwargs)
-            self._refuse_changes(modules, before)
+            self._refuse_changes(
+                modules, before, lambda: forward(self.root, *shape.unbind(bound)[0], **shape.unbind(bound)[1])
+            )
         finally:
             for module, attributes in zip(modules, before, strict=True):
                 module.__dict__.clear()
@@ -450,11 +457,24 @@ class ModuleTracer(fx.Tracer):
         if not self.shadowing and self._context() != self.context:
             raise self._error(source, "it switches gradients or autocast on or off inside, which a graph would lose")
 
-    def _refuse_changes(self, modules: list[nn.Module], before: list[dict[str, Any]]) -> None:
-        for module, attributes in zip(modules, before, strict=True):
-            for name, value in module.__dict__.items():
-                if name not in attributes or attributes[name] is not value:
-                    raise self._error(None, f"it stores {name!r} on the module, which a graph would not repeat")
+    def _refuse_changes(self, modules: list[nn.Module], before: list[dict[str, Any]], again: Callable[[], Any]) -> None:
+        """A graph stores nothing on a module. Plain attributes that settle, as a window that is cut to the image's size
+        does, need no storing: the graph has them built in."""
+        after = [dict(module.__dict__) for module in modules]
+        changed = [
+            (name, new.get(name))
+            for old, new in zip(before, after, strict=True)
+            for name in new
+            if name not in old or old[name] is not new[name]
+        ]
+        if not changed:
+            return
+        if all(isinstance(value, (bool, int, float, str, type(None))) for _, value in changed):
+            again()
+            if all(module.__dict__[name] == new[name] for module, new in zip(modules, after, strict=True)
+                   for name, _ in changed if name in new):  # fmt: skip
+                return
+        raise self._error(None, f"it stores {changed[0][0]!r} on the module, which a graph would not repeat")
 
     def _error(self, source: SourceLine | None, why: str) -> CaptureError:
         return capture_error(self.module_name, self.root, source, why)
@@ -521,8 +541,6 @@ def trace(
     Raises:
         CaptureError: the forward does what a graph can't repeat, or failed on the example.
     """
-    if "forward" in module.__dict__:
-        raise capture_error(name, module, None, "something replaced the instance's forward; remove that wrapper first")
     tracer = ModuleTracer(module, name, inlined)
     try:
         return tracer.run(forward, bound, CallShape.of(forward))

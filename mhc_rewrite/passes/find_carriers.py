@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from mhc_rewrite import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording
 from mhc_rewrite.model import Rejection
@@ -74,7 +76,7 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
         if operation.name not in vocabulary.ADD or len(operation.inputs) != 2 or len(operation.outputs) != 1:
             continue
         left, right = operation.inputs
-        if not all(recording.dtypes[value].is_floating_point for value in (left, right)) or left == right:
+        if left == right or any(not _is_feature(recording.dtypes[value]) for value in (left, right)):
             continue
         if recording.shapes[left] != recording.shapes[right]:
             rejections.append(_reject(recording, operation, "broadcast",
@@ -98,6 +100,10 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
         else:
             rejections.append(_reject(recording, operation, *near))
     return candidates, rejections
+
+
+def _is_feature(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) -> tuple[set[int], set[int]]:

@@ -351,7 +351,7 @@ def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]
     if len(operands) != 2 or not all(isinstance(item, fx.Node) and "shape" in item.meta for item in operands):
         return None
     left, right = operands
-    floating = all(item.meta["dtype"].is_floating_point for item in operands)  # type: ignore[union-attr]
+    floating = all(item.meta["dtype"].is_floating_point or item.meta["dtype"].is_complex for item in operands)  # type: ignore[union-attr]
     if left is right or not floating or not isinstance(alpha, (int, float)):
         return None
     return (left, 1), (right, alpha)  # type: ignore[return-value]

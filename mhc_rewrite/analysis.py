@@ -25,7 +25,7 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
 from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 from mhc_rewrite.passes.expand_streams import SiteTarget
-from mhc_rewrite.passes.find_carriers import find_carriers
+from mhc_rewrite.passes.find_carriers import find_carriers, too_short
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
 from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_streams, site_ref
 
@@ -40,14 +40,14 @@ class CarrierWiring:
         inlined: names of the modules captured as part of it.
         targets: adds to rewrite, by key.
         known: all residual adds that the example showed, by key.
-        entries: leaf path -> (rank of the trunk, stream number): where streams may come in.
+        entries: leaf path -> (rank of the trunk, stream number, whether it may come in as streams).
         leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
     """
 
     inlined: set[str] = field(default_factory=set)
     targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
     known: set[SiteKey] = field(default_factory=set)
-    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
+    entries: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     leaves: dict[int, list[bool]] = field(default_factory=dict)
 
 
@@ -332,9 +332,7 @@ def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Reje
     first = next((site for site in sites if not site.excluded), sites[0])
     if count == 0:
         return Rejection(first.holder, first.source, "excluded", "every site of this stream was excluded")
-    return Rejection(first.holder, first.source, "single-site" if count == 1 else "min-sites",
-        f"the stream has {count} site{'s' * (count > 1)}, fewer than min_sites={config.min_sites}"
-        + (": one site alone has nothing to mix" if count == 1 else ""))  # fmt: skip
+    return Rejection(first.holder, first.source, *too_short(count, config.min_sites))
 
 
 def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualStream:
@@ -390,12 +388,19 @@ def _wire(
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
             holder = ref.holder[len(ref.carrier) :].lstrip(".")
             wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
+    # A carrier that only ever begins a stream never gets one: an axis more is a mistake there.
+    opening = {refs[0].carrier for refs in kept} - {
+        ref.carrier
+        for refs in kept
+        for before, ref in pairwise(refs)
+        if before.carrier != ref.carrier or ref == refs[0]
+    }
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
             carriers[call.name].known.update(site.key for site in trunk.sites)
             target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
-                entry = (len(trunk.source.meta["shape"]), target.stream)
+                entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)
                 carriers[call.name].entries[trunk.source.meta["leaf"]] = entry
     for number, refs in enumerate(kept):
         calls: list[tuple[str, int]] = []

@@ -192,9 +192,10 @@ def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ana
     before = [x for x in tree_leaves(analysis.results[False]) if isinstance(x, Tensor)]
     after = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
     for old, new in zip(before, after, strict=True):
-        same = old.shape == new.shape
+        same = old.shape == new.shape and old.dtype == new.dtype
         if same and analysis.plan.config.init == "preserve" and old.is_floating_point() and not old.is_meta:
             bits = min(torch.finfo(dtype).bits for dtype in {old.dtype, *floating})
+            old, new = old.double(), new.double()
             tolerance = {64: 1e-4, 32: 1e-3}.get(bits, 0.2) * (1 + old.abs().max() if old.numel() else 1)
             same = bool(
                 ((old - new).abs() <= tolerance).logical_or(old.isnan() & new.isnan()).logical_or(old == new).all()

@@ -196,8 +196,8 @@ def _first_variants(
             n for n in numbers if carrier.wiring.leaves[n][min(position, len(carrier.wiring.leaves[n]) - 1)]
         )
         arriving = tuple(
-            number for _, number in carrier.wiring.entries.values()
-            if not (position == 0 and _first_carrier(carrier.scopes[number].stream) == carrier.name)
+            number for _, number, may_arrive in carrier.wiring.entries.values()
+            if may_arrive and not (position == 0 and _first_carrier(carrier.scopes[number].stream) == carrier.name)
         )  # fmt: skip
         ways.add((arriving, leaving))
     for arriving, leaving in ways:

@@ -143,9 +143,9 @@ class CarrierRole:
     def arriving(self, leaves: dict[str, Any]) -> tuple[int, ...]:
         """The streams that come in as streams: their tensor has one axis more than the trunk."""
         found = []
-        for path, (rank, number) in self.wiring.entries.items():
+        for path, (rank, number, may_arrive) in self.wiring.entries.items():
             value = leaves.get(path)
-            if isinstance(value, Tensor) and value.dim() == rank + 1:
+            if isinstance(value, Tensor) and may_arrive and value.dim() == rank + 1:
                 found.append(number)
             elif isinstance(value, Tensor) and value.dim() != rank:
                 raise StreamError(
@@ -208,7 +208,7 @@ class CarrierRole:
     def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
         found = dict(leaves)
-        for path, (_, number) in self.wiring.entries.items():
+        for path, (_, number, _) in self.wiring.entries.items():
             if number in arriving and path in found:
                 channel_dim = self.scopes[number].channel_dim
                 read = streams.one_stream if form_only else streams.read_mean

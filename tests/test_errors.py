@@ -77,21 +77,9 @@ def lived_in(model: nn.Module) -> nn.Module:
 
 # -- the refusals ----------------------------------------------------------------------------------------------------
 
-KNOWN = {
-    "a dict for a config": "nobody looks at what config= is",
-    "float8": "the check looks at the sum's dtype, which is never float8: what passes between layers is",
-    "complex": "complex adds are passed over before anybody looks at their dtype",
-    "filter_fn leaves one": "the message names the chain's first site, not the one that is left",
-    "a replaced forward of a like layer": "a shared capture skips the check",
-}
-
-
-def known(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name], strict=True)) if name in KNOWN else name
-
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("name", [known(name) for name in REFUSALS])
+@pytest.mark.parametrize("name", list(REFUSALS))
 def test_refused(name: str) -> None:
     case = REFUSALS[name]
     model = case.build()
@@ -177,7 +165,6 @@ def test_layers_that_are_dropped_may_be_set_to_zero() -> None:
     assert len(report(mhcify(model, features())).plan.sites) == 3
 
 
-@pytest.mark.xfail(reason="find_carriers says single-site whatever the number", strict=True)
 def test_min_sites_says_how_many_there_are() -> None:
     model = lived_in(stack())
     with untouched(model), pytest.raises(NoResidualError) as caught:
@@ -187,7 +174,6 @@ def test_min_sites_says_how_many_there_are() -> None:
     assert "one site alone" not in message and "single-site" not in message
 
 
-@pytest.mark.xfail(reason="the check on the example knows no tolerance for 8 bits", strict=True)
 def test_a_float8_result_is_no_obstacle() -> None:
     """As the last thing that a model does, behind the streams."""
 
@@ -242,10 +228,8 @@ def test_unseen_call_is_learnt_without_compile() -> None:
     [
         (5, WIDTH),
         (1, 1, 2, 5, WIDTH),
-        *(
-            pytest.param(shape, marks=pytest.mark.xfail(reason="one axis more is taken for streams", strict=True))
-            for shape in ((1, 2, 5, WIDTH), (1, 2, 4, WIDTH))
-        ),
+        (1, 2, 5, WIDTH),
+        (1, 2, 4, WIDTH),
     ],
     ids=str,
 )

@@ -366,7 +366,6 @@ return (collapse, ())""",
     )
 
 
-@pytest.mark.xfail(reason="the lifts of one stretch are listed last first", strict=True)
 def test_lifted_operations_are_listed_in_execution_order() -> None:
     (stream,) = plan(Layer(dropout_on_the_trunk), (features(),)).streams
     assert stream.lifted == ("model: dropout", "model: dropout_1")

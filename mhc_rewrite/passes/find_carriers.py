@@ -53,9 +53,7 @@ def find_carriers(
     homes: list[tuple[int, int]] = []
     for number, candidate in candidates.items():
         if len(chains[number]) < min_sites:
-            rejections.append(_reject(recording, candidate.operation, "single-site",
-                f"the stream has {len(chains[number])} site, fewer than min_sites={min_sites}: "
-                "one site alone has nothing to mix"))  # fmt: skip
+            rejections.append(_reject(recording, candidate.operation, *too_short(len(chains[number]), min_sites)))
             continue
         homes.append((_home(recording, candidate), candidate.operation.call))
     outer = {home for home, _ in homes} | {call.index for call in recording.calls if call.name in parents}
@@ -67,6 +65,14 @@ def find_carriers(
     for carrier in carriers.values():
         carrier.inlined.discard(recording.calls[carrier.call].name)
     return [carriers[call] for call in sorted(carriers)], _unique(rejections)
+
+
+def too_short(count: int, min_sites: int) -> tuple[str, str]:
+    """Rule and reason for leaving a stream of `count` sites alone."""
+    if count == 1:
+        alone = "one site alone has nothing to mix"
+        return "single-site", f"the stream has 1 site, fewer than min_sites={min_sites}: {alone}"
+    return "min-sites", f"the stream has {count} sites, fewer than min_sites={min_sites}"
 
 
 def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[Rejection]]:

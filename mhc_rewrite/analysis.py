@@ -338,14 +338,13 @@ def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Reje
 def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualStream:
     lifted: list[str] = []
     for before, segment in zip((None, *linked.segments), linked.segments, strict=False):
-        between = [*(before.trunk.after if before else []), *(segment.trunk.before if before else [])]
+        name = segment.call.name or "model"
         first, *rest = segment.trunk.sites
-        lifts = [
-            *between,
-            *first.lifts[: first.chain.index(first.read)],
-            *(lift for site in rest for lift in site.lifts),
-        ]
-        lifted += [f"{segment.call.name or 'model'}: {lift.node.name}" for lift in lifts]
+        if before is not None:
+            lifted += [f"{before.call.name or 'model'}: {lift.node.name}" for lift in before.trunk.after]
+            lifted += [f"{name}: {lift.node.name}" for lift in segment.trunk.before]
+        for stretch in (first.lifts[: first.chain.index(first.read)], *(site.lifts for site in rest)):
+            lifted += [f"{name}: {lift.node.name}" for lift in reversed(stretch)]
     return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(dict.fromkeys(lifted)))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mhc_rewrite.connections import CONNECTIONS
@@ -47,7 +48,7 @@ class MHCConfig:
     def __post_init__(self) -> None:
         for field in ("include", "exclude"):
             value = getattr(self, field)
-            patterns = (value,) if isinstance(value, str) else tuple(value)
+            patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
             if not all(isinstance(pattern, str) and pattern for pattern in patterns):
                 raise ConfigError(f"{field} takes name patterns such as 'layers.3.*', not {value!r}.")
             object.__setattr__(self, field, patterns)
@@ -57,7 +58,8 @@ class MHCConfig:
         self._check_choice("init", INITS)
         self._check_choice("collapse", COLLAPSES)
         self._check_choice("connection", tuple(CONNECTIONS))
-        if not isinstance(self.eps_norm, (int, float)) or isinstance(self.eps_norm, bool) or not self.eps_norm > 0:
+        number = isinstance(self.eps_norm, (int, float)) and not isinstance(self.eps_norm, bool)
+        if not (number and 0 < self.eps_norm < math.inf):
             raise ConfigError(f"eps_norm must be a positive number, not {self.eps_norm!r}.")
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(

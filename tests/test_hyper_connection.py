@@ -328,7 +328,6 @@ def test_preserve(n: int) -> None:
         torch.testing.assert_close(h.res, near_identity.expand_as(h.res), rtol=1e-13, atol=0)
 
 
-@pytest.mark.xfail(reason="a ZeroDivisionError", raises=ZeroDivisionError, strict=True)
 def test_preserve_of_one_stream_is_refused() -> None:
     """A sigmoid does not reach H_pre = 1."""
     with pytest.raises(MHCError, match="n_streams=1"):

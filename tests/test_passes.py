@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS, Coefficients
-from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels import reference
 from mhc_rewrite.torch_private import KeepsPrecision
 
@@ -41,7 +40,7 @@ class HyperConnection(KeepsPrecision):
         device, dtype: of the parameters; dtype fp64 in an fp64 model, fp32 otherwise.
 
     Raises:
-        ConfigError: n_streams is 1.
+        ConfigError: `mhc` on one stream can't preserve.
     """
 
     def __init__(
@@ -60,8 +59,6 @@ class HyperConnection(KeepsPrecision):
         self.index = index
         self.channel_dim = channel_dim
         n = self.config.n_streams
-        if n == 1:
-            raise ConfigError("n_streams=1 is a plain residual: a site needs at least 2 streams.")
         shape = CONNECTIONS[self.config.connection].phi_shape(n, width)
         self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.alpha = nn.Parameter(torch.empty(3, device=device, dtype=dtype))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.connections.base import Coefficients, Connection, split
+from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels import reference
 
 # The stream that a site mostly reads rotates with the site's index: with equal H_pre on all streams they never part.
@@ -22,6 +23,8 @@ def phi_shape(n: int, width: int) -> tuple[int, int]:
 
 
 def preserve(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
+    if n == 1:
+        raise ConfigError("n_streams=1 can't preserve: a sigmoid does not reach H_pre = 1. A plain residual does it.")
     phi.zero_()
     alpha.fill_(ALPHA)
     pre, post, res = split(bias, n)

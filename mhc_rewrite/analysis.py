@@ -133,7 +133,9 @@ def analyse(
         readers[number] = linked.readers
         if linked.may_end_early and chain[part] == linked.refs:
             may_end_early.add(number)
-    plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(dict.fromkeys(rejections)), tuple(notes))
+    # The recording and a graph may both have seen an add: one reason a line.
+    once = {(r.source, r.rule) if r.source else r: r for r in reversed(rejections)}
+    plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(reversed(once.values())), tuple(notes))
     if not streams:
         raise NoResidualError(_nothing_found(model, plan, sites.values()))
     _check_dtypes(plan)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.analysis import Analysis, analyse
-from mhc_rewrite.capture.call import describe
+from mhc_rewrite.capture.call import as_now, describe
 from mhc_rewrite.capture.example import example_call
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
@@ -181,7 +181,7 @@ def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ana
     with undisturbed(model):
         model.eval()
         try:
-            result = model(*args, **kwargs)
+            result = model(*as_now(args), **as_now(kwargs))
         except Exception as error:
             raise UnsupportedModelError(
                 f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), "

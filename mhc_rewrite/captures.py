@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.call import PLAIN, CallShape, copied, flatten
+from mhc_rewrite.capture.call import CallShape, as_now, flatten
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.capture.trace import ModuleGraph, capture_error, trace
 from mhc_rewrite.errors import CaptureError
@@ -62,7 +61,7 @@ class Captures:
                     return
                 like = (self.likeness(name), training, key)
                 # Only the first of its like is called again, so only it needs its arguments as they are now.
-                waiting.append((kind, like, bound if like in seen or like in self._alike else _as_now(bound)))
+                waiting.append((kind, like, bound if like in seen or like in self._alike else as_now(bound)))
                 seen.add(like)
                 self.leaves[kind] = {path: _form(value) for path, value in leaves.items()}
 
@@ -75,7 +74,7 @@ class Captures:
         try:
             with undisturbed(self.model):
                 self.model.train(training)
-                self.model(*args, **kwargs)
+                self.model(*as_now(args), **as_now(kwargs))
         finally:
             for handle in handles:
                 handle.remove()
@@ -131,21 +130,6 @@ def capture_forward(
             module.train(training)
         graph = trace(module, name, forward or type(module).forward, bound, set(inlined))
         return graph, find_residuals(graph, module)
-
-
-def _as_now(bound: dict[str, Any]) -> dict[str, Any]:
-    """Bound arguments with copies of objects such as caches: the call will change them."""
-    return {name: _copied(value) for name, value in bound.items()}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, (Tensor, nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
-        return value
-    if type(value) in (tuple, list):
-        return type(value)(_copied(item) for item in value)
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return copied(value)
 
 
 def _form(value: Any) -> Any:

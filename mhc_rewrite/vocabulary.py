@@ -6,7 +6,7 @@ One table a question; a new operator is one word here. Names are those of torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ POINTWISE = frozenset(
 SCALING = frozenset({"mul", "rmul", "imul", "mul_", "truediv", "div", "div_", "itruediv"})
 DROPOUT = frozenset({"dropout", "dropout_"})
 RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
-PERMUTING = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"})
+PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
 
 # Functions that make a tensor from sizes alone.
 FACTORIES = tuple(
@@ -74,6 +74,13 @@ def is_mixing(target: Any) -> bool:
     return name_of(target) in MIXING
 
 
+def counts_by_size(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the number of tensors that a function returns depends on a size of its input."""
+    name = name_of(target)
+    parts = kwargs.get("split_size", kwargs.get("split_size_or_sections", args[1] if len(args) > 1 else None))
+    return name == "unbind" or (name == "split" and not isinstance(parts, (tuple, list)))
+
+
 def is_inplace(target: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a function writes its result into its first tensor."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -98,6 +105,8 @@ class AxisFollower:
         if source is None:
             return None
         axes, name = self.axes[source], name_of(target)
+        if name == "matmul" and source != inputs[0] and len(axes) > 1:
+            return axes[-2]  # the second operand is contracted over its rows
         if name in LAST_AXIS:
             return axes[-1]
         if name in CHANNEL_AXIS and len(axes) > 1:
@@ -117,5 +126,5 @@ def _permuted(name: str, axes: tuple[int, ...], args: tuple[Any, ...], kwargs: d
     """Axes after a permutation, found by carrying it out on a tensor whose sizes are the axes' numbers."""
     probe = torch.empty([axis + 1 for axis in axes], device="meta")
     with torch._C.DisableTorchFunction():
-        moved: Callable[..., torch.Tensor] = getattr(probe, name)
-        return tuple(size - 1 for size in moved(*args, **kwargs).shape)
+        moved = getattr(probe, name)
+        return tuple(size - 1 for size in (moved if isinstance(moved, torch.Tensor) else moved(*args, **kwargs)).shape)

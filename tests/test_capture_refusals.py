@@ -77,14 +77,12 @@ REFUSED: dict[Callable[..., Any], tuple[str, ...]] = {
     chooses_by_item: ("content of a tensor",),
     fails: ("LookupError", "of its own"),
 }
-KNOWN = {without_gradients: "captures run under no_grad, so they don't see it, and gradients flow where they did not"}
 
 
 @pytest.mark.parametrize(
     "forward",
     [
-        pytest.param(f, marks=pytest.mark.xfail(reason=KNOWN[f], strict=True)) if f in KNOWN else f
-        for f in REFUSED
+        *REFUSED
     ],
     ids=lambda forward: forward.__name__,
 )  # fmt: skip

@@ -271,7 +271,6 @@ def test_layers_repeat_and_rejections_do_not() -> None:
     assert [(r.rule, r.module) for r in rejections] == [("broadcast", "0")]
 
 
-@pytest.mark.xfail(reason="the recording and the graph each reject the same add", strict=True)
 def test_a_plan_rejects_an_add_once() -> None:
     found = plan(nn.Sequential(*(BiasedBlock() for _ in range(4))), (features(),))
     assert [site.name for site in found.sites] == [f"{i}.mhc_0" for i in range(4)]
@@ -288,9 +287,9 @@ def test_a_plan_rejects_an_add_once() -> None:
         lambda x: x.permute(0, 2, 1),
         lambda x: torch.swapaxes(x, -1, -2),
         lambda x: x.movedim(1, 2),
-        pytest.param(lambda x: x.mT, marks=pytest.mark.xfail(reason="mT is not followed", strict=True)),
-        pytest.param(lambda x: x.mH, marks=pytest.mark.xfail(reason="mH is not followed", strict=True)),
-        pytest.param(lambda x: x.adjoint(), marks=pytest.mark.xfail(reason="adjoint is not followed", strict=True)),
+        lambda x: x.mT,
+        lambda x: x.mH,
+        lambda x: x.adjoint(),
         pytest.param(
             lambda x: torch.einsum("bct->btc", x), marks=pytest.mark.xfail(reason="einsum is not followed", strict=True)
         ),
@@ -306,7 +305,6 @@ def test_width_is_the_axis_that_the_branch_mixes(transpose: Callable[[Tensor], T
     assert [(site.width, site.channel_dim) for site in found.sites] == [(WIDTH, 1)] * 2
 
 
-@pytest.mark.xfail(reason="of a matrix product the first operand alone is followed", strict=True)
 def test_width_under_a_matrix_from_the_left() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = x + self.a.weight @ x

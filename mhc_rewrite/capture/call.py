@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PLAIN = (
     bool,
@@ -101,6 +101,17 @@ def copied(value: Any) -> Any:
     """A copy of an object such as a cache, its tensors without their autograd history."""
     with mock.patch.object(Tensor, "__deepcopy__", lambda tensor, memo: tensor.detach().clone()):
         return copy.deepcopy(value)
+
+
+def as_now(value: Any) -> Any:
+    """Arguments with copies of objects such as caches: a call will change them."""
+    if isinstance(value, (Tensor, nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(as_now(item) for item in value)
+    if type(value) is dict:
+        return {key: as_now(item) for key, item in value.items()}
+    return copied(value)
 
 
 def replace_leaves(value: Any, path: str, leaves: dict[str, Any]) -> Any:

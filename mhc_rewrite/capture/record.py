@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite import vocabulary
-from mhc_rewrite.capture.call import CallShape, flatten
+from mhc_rewrite.capture.call import CallShape, as_now, flatten
 from mhc_rewrite.model import SourceLine
 
 _OWN_CODE = str(Path(__file__).parents[1])
@@ -171,6 +171,7 @@ class _Recorder(TorchFunctionMode):
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, Any]:
     """Runs `model(*args, **kwargs)` and returns what happened, and the result. The caller protects the state."""
+    args, kwargs = as_now(args), as_now(kwargs)
     recording = Recording()
     recorder = _Recorder(recording)
     handles = []

@@ -147,6 +147,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.tracer.shadowing:
             return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            self.tracer.refuse_gradient_switch()
         traced = any(isinstance(leaf, TracedValue) for leaf in tree_leaves((args, kwargs)))
         if vocabulary.name_of(func) in vocabulary.FORM and not traced:
             result = func(*args, **kwargs)
@@ -210,7 +212,9 @@ class ModuleTracer(fx.Tracer):
         _, leaves = flatten(bound)
         traced = {path: self.placeholder(path, value) for path, value in leaves.items()}
         self.captured.leaves = tuple(leaves)
-        args, kwargs = shape.unbind({name: replace_leaves(bound[name], name, traced) for name in bound})
+        given = {name: replace_leaves(bound[name], name, traced) for name in bound}
+        args, kwargs = shape.unbind(given)
+        key = flatten(given)[0]
         self.context = self._context()
         modules = [self.root, *self.inlined]
         before = [dict(module.__dict__) for module in modules]
@@ -218,6 +222,8 @@ class ModuleTracer(fx.Tracer):
             with self._factories(), mock.patch.object(nn.Module, "__call__", self._module_call(nn.Module.__call__)), \
                     _Functions(self):  # fmt: skip
                 result = forward(self.root, *args, **kwargs)
+            if flatten(given)[0] != key:
+                raise self._error(None, "it changes a list or dict that it was given, which a graph would not repeat")
             self._refuse_changes(
                 modules, before, lambda: forward(self.root, *shape.unbind(bound)[0], **shape.unbind(bound)[1])
             )
@@ -295,6 +301,8 @@ class ModuleTracer(fx.Tracer):
                 node.meta["guard"] = True
                 self.captured.guards.append(Guard(node, value))
                 return value
+            if isinstance(value, (tuple, list)) and vocabulary.counts_by_size(target, args, kwargs):
+                self.captured.pinned = True
             return self._wrap(node, value)
 
     @contextlib.contextmanager
@@ -451,11 +459,14 @@ class ModuleTracer(fx.Tracer):
     @staticmethod
     def _context() -> tuple[Any, ...]:
         autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+        return torch.is_inference_mode_enabled(), autocast
+
+    def refuse_gradient_switch(self) -> None:
+        raise self._error(user_line(), "it switches gradients on or off inside, which a graph would lose")
 
     def _check_context(self, source: SourceLine | None) -> None:
         if not self.shadowing and self._context() != self.context:
-            raise self._error(source, "it switches gradients or autocast on or off inside, which a graph would lose")
+            raise self._error(source, "it switches autocast on or off inside, which a graph would lose")
 
     def _refuse_changes(self, modules: list[nn.Module], before: list[dict[str, Any]], again: Callable[[], Any]) -> None:
         """A graph stores nothing on a module. Plain attributes that settle, as a window that is cut to the image's size

@@ -34,6 +34,7 @@ class Carrier:
 @dataclass
 class _Candidate:
     operation: Operation
+    trunk: int
     reach: set[int]  # values that the trunk side comes from without mixing
     fork: int  # the value at which trunk and branch part
     branch: int
@@ -92,16 +93,16 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
         near = ("no-ancestor", "neither operand is computed from the other's trunk")
         for trunk, branch in ((left, right), (right, left)):
             reach, before = _reach(recording, candidates, trunk)
-            fork, mixes = _fork(recording, reach, branch)
+            fork, mixes = _fork(recording, candidates, reach, branch)
             if fork is None:
-                continue
-            if not mixes:
-                near = ("no-mixing", "no operation between trunk and add mixes features: an activation or a rotation")
                 continue
             if _adds_between(recording, candidates, branch, fork) >= STAGE:
                 near = ("long-skip", "the skip closes over a whole stage of residual adds")
                 continue
-            candidates[operation.outputs[0]] = _Candidate(operation, reach, fork, branch, before)
+            if not mixes:
+                near = ("no-mixing", "no operation between trunk and add mixes features: an activation or a rotation")
+                continue
+            candidates[operation.outputs[0]] = _Candidate(operation, trunk, reach, fork, branch, before)
             break
         else:
             rejections.append(_reject(recording, operation, *near))
@@ -130,8 +131,13 @@ def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) 
     return seen, before
 
 
-def _fork(recording: Recording, reach: set[int], branch: int) -> tuple[int | None, bool]:
-    """The latest value of `reach` that the branch is computed from, and whether anything mixes on the way."""
+def _fork(
+    recording: Recording, candidates: dict[int, _Candidate], reach: set[int], branch: int
+) -> tuple[int | None, bool]:
+    """The latest value of `reach` that the branch is computed from, and whether anything mixes on the way.
+
+    Where an earlier sum lies on the way, only its trunk is followed: what entered it by its branch has a nearer trunk.
+    """
     oldest = min(reach)
     seen = {(branch, False)}
     todo = [(branch, False)]
@@ -143,8 +149,9 @@ def _fork(recording: Recording, reach: set[int], branch: int) -> tuple[int | Non
         operation = recording.producer.get(value)
         if operation is None or value < oldest:
             continue
-        for source in operation.inputs:
-            state = (source, mixed or operation.mixing)
+        earlier = candidates.get(value)
+        for source in operation.inputs if earlier is None else (earlier.trunk,):
+            state = (source, mixed or operation.mixing or earlier is not None)
             if source >= oldest and state not in seen:
                 seen.add(state)
                 todo.append(state)

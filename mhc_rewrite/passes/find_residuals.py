@@ -134,7 +134,7 @@ class _Finder:
     ) -> FoundSite | tuple[str, str] | None:
         """The site, or the rule and reason for which it is none; None where nothing hints at one."""
         chain = [trunk, *(lift.trunk for lift in lifts)]
-        above = self._ancestors(branch)
+        above = self._lineage(branch)
         if branch in chain:
             return None
         reads = [
@@ -145,12 +145,12 @@ class _Finder:
             return None
         read = reads[0]
         region = self._region(read, above, set(chain))
-        if not any(mixes(node) for node in region):
+        if self._sites_between(branch, read) >= STAGE:
+            return "long-skip", "the skip closes over a whole stage of residual adds"
+        if not any(mixes(node) or node in self.sites for node in region):
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
         if len(reads) > 1:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
-        if self._sites_between(branch, read) >= STAGE:
-            return "long-skip", "the skip closes over a whole stage of residual adds"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
             return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
         axis = self._feature_axis(read, region)
@@ -170,7 +170,7 @@ class _Finder:
         inner = self.sites.get(trunk)
         if inner is None or scale != 1 or any(user is not add and not reads_form(user) for user in trunk.users):
             return False
-        above = self._ancestors(branch)
+        above = self._lineage(branch)
         region = self._region(inner.read, above, set(inner.chain))
         if not any(mixes(node) for node in region):
             return False
@@ -222,6 +222,18 @@ class _Finder:
                     todo.append(source)
         return seen
 
+    def _lineage(self, branch: fx.Node) -> set[fx.Node]:
+        """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own."""
+        seen, todo = {branch}, [branch]
+        while todo:
+            node = todo.pop()
+            sources = self.sites[node].chain[:1] if node in self.sites else node.all_input_nodes
+            for source in sources:
+                if source not in seen and not reads_form(source):
+                    seen.add(source)
+                    todo.append(source)
+        return seen
+
     @staticmethod
     def _region(read: fx.Node, above: set[fx.Node], chain: set[fx.Node]) -> set[fx.Node]:
         """What is computed from `read`, off the trunk, on the way to the branch whose ancestors are `above`."""
@@ -255,8 +267,9 @@ class _Finder:
                     if source in follower.axes and axis is not None and axis < len(follower.axes[source]):
                         return follower.axes[source][axis]
             rank = len(node.meta["shape"]) if "shape" in node.meta else None
-            axis = follower.step(node.target if node.op != "call_module" else "", list(inputs),
-                                 node.args, dict(node.kwargs), node, rank)  # fmt: skip
+            target = "" if node.op == "call_module" else node.args[1] if node.target is getattr else node.target
+            args = node.args[:1] if node.target is getattr else node.args
+            axis = follower.step(target, list(inputs), args, dict(node.kwargs), node, rank)
             if axis is not None:
                 return axis
         return None

@@ -64,6 +64,9 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
         return [Lift(node, first, "reshape", channel_dims=(-1,))]
     if name in ("flatten", "transpose") and first is not None and _leading_axes(node, first):
         return [Lift(node, first, "pointwise", channel_dims=(-1,))]
+    if name == "unflatten" and first is not None and len(node.args) == 3 and isinstance(node.args[1], int) \
+            and 0 <= node.args[1] < len(first.meta["shape"]) - 1:  # fmt: skip
+        return [Lift(node, first, "pointwise", channel_dims=(-1,))]
     return []
 
 

@@ -105,8 +105,8 @@ class AxisFollower:
         if source is None:
             return None
         axes, name = self.axes[source], name_of(target)
-        if name == "matmul" and source != inputs[0] and len(axes) > 1:
-            return axes[-2]  # the second operand is contracted over its rows
+        if name == "matmul" and source != inputs[0]:
+            name = ""  # a matrix from the left mixes tokens, as in MLP-Mixer, and says nothing of the features
         if name in LAST_AXIS:
             return axes[-1]
         if name in CHANNEL_AXIS and len(axes) > 1:

@@ -170,7 +170,7 @@ OTHER = {
     "parallel": Op("{a} + {b}", lambda k, a, b: a + b),
 }
 OPS = MIXERS | DECOYS | UNARY | OTHER
-TAILS = ("gelu_polynomial", "rope", "modulate", "external", "norm", "times", "halve", "affine", "cast", "double",
+TAILS = ("gelu_polynomial", "rope", "modulate", "norm", "times", "halve", "affine", "cast", "double",
          "dropout", "functional_dropout", "scalar_gate", "adaln_gate", "own_gate", "tanh")  # fmt: skip
 # Results that are the argument itself, or share its memory: an in-place add shows through them.
 SAME_TENSOR = ("cast", "double", "contiguous", "dropout", "functional_dropout")

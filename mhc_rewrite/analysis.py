@@ -115,6 +115,7 @@ def analyse(
     chains = _agreed_chains(modes)
     streams: list[ResidualStream] = []
     kept: list[tuple[SiteRef, ...]] = []
+    repeated: list[set[str]] = []
     readers: dict[int, set[str]] = {}
     may_end_early: set[int] = set()
     for chain, linked in chains:
@@ -129,6 +130,8 @@ def analyse(
         rejections += [Rejection(s.holder, s.source, "excluded", "excluded, at the end of a stream") for s in outside]
         number = len(streams)
         kept.append(chain[part])
+        called = [segment.call.name for segment in linked.segments]
+        repeated.append({name for name in called if called.count(name) > 1})
         streams.append(_stream(tuple(chosen[part]), linked))
         readers[number] = linked.readers
         if linked.may_end_early and chain[part] == linked.refs:
@@ -142,7 +145,7 @@ def analyse(
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
             captures.collect(more_args, more_kwargs, mode.training)
-    wiring = _wire(modes, streams, kept, captures.inlined)
+    wiring = _wire(modes, streams, kept, repeated, captures.inlined)
     return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
 
 
@@ -380,7 +383,11 @@ def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:
 
 
 def _wire(
-    modes: list[_Mode], streams: list[ResidualStream], kept: list[tuple[SiteRef, ...]], inlined: dict[str, set[str]]
+    modes: list[_Mode],
+    streams: list[ResidualStream],
+    kept: list[tuple[SiteRef, ...]],
+    repeated: list[set[str]],
+    inlined: dict[str, set[str]],
 ) -> dict[str, CarrierWiring]:
     carriers: dict[str, CarrierWiring] = {}
     for number, (stream, refs) in enumerate(zip(streams, kept, strict=True)):
@@ -403,11 +410,12 @@ def _wire(
             if target is not None and trunk.source is not None:
                 entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)
                 carriers[call.name].entries[trunk.source.meta["leaf"]] = entry
-    for number, refs in enumerate(kept):
+    for number, (refs, again) in enumerate(zip(kept, repeated, strict=True)):
         calls: list[tuple[str, int]] = []
         for position, ref in enumerate(refs):
             # A carrier that comes again is called again: its first site marks the new call.
-            if not calls or calls[-1][0] != ref.carrier or ref in refs[calls[-1][1] : position]:
+            new = not calls or calls[-1][0] != ref.carrier
+            if new or (ref.carrier in again and ref in refs[calls[-1][1] : position]):
                 calls.append((ref.carrier, position))
         for index, (carrier, _) in enumerate(calls):
             carriers[carrier].leaves.setdefault(number, []).append(index < len(calls) - 1)

@@ -124,7 +124,6 @@ DECOYS = {
         (LINEAR, LINEAR),
         tokens=True,
     ),
-    "external": Op("{a} + e", lambda k, a: a + k.e, tokens=True),
     "positions": Op("{a} + {0}", lambda k, a: a + k[0], ("nn.Parameter(torch.randn(T, C))",), tokens=True),
     "gating": Op(
         "{t}g = torch.sigmoid({0}({a}))\n{t}g * {a} + (1 - {t}g) * {1}({a})",

@@ -305,10 +305,10 @@ def test_width_is_the_axis_that_the_branch_mixes(transpose: Callable[[Tensor], T
     assert [(site.width, site.channel_dim) for site in found.sites] == [(WIDTH, 1)] * 2
 
 
-def test_width_under_a_matrix_from_the_left() -> None:
+def test_a_matrix_from_the_left_mixes_tokens() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = x + self.a.weight @ x
         return x + torch.matmul(self.b.weight, x)
 
     found = plan(Layer(forward), (features(2, WIDTH, 5),))
-    assert [(site.width, site.channel_dim) for site in found.sites] == [(WIDTH, 1)] * 2
+    assert [(site.width, site.channel_dim) for site in found.sites] == [(5, -1)] * 2

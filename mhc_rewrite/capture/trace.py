@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class ModuleGraph:
     """A forward as captured.
 
     Node metadata: `shape`, `dtype` (of tensors), `source` (SourceLine), `holder` (the inlined module that ran it,
-    relative to the carrier), `mixes` and `axes` (of child calls), `storage`, `inplace`.
+    relative to the carrier), `serial` and `holder_call` (when it ran, and when that module's call began), `mixes` and
+    `axes` (of child calls), `storage`, `inplace`.
 
     Attributes:
         module: the carrier's name.
@@ -200,6 +202,7 @@ class ModuleTracer(fx.Tracer):
         self.paths = {child: path for path, child in module.named_modules() if path}
         self.tensor_paths = {id(t): path for path, t in (*module.named_parameters(), *module.named_buffers())}
         self.holders = [""]
+        self.holder_call, self.serials = 0, itertools.count(1)
         self.shadowing = False
         self.captured = ModuleGraph(name, self.graph)
         self.constants: dict[int, tuple[fx.Node, Any]] = {}
@@ -268,10 +271,12 @@ class ModuleTracer(fx.Tracer):
                 return original(module, *args, **kwargs)
             if path is None or module in self.inlined:
                 self.holders.append(path if path is not None else self.holders[-1])
+                outer, self.holder_call = self.holder_call, next(self.serials)
                 try:
                     return module.forward(*args, **kwargs)
                 finally:
                     self.holders.pop()
+                    self.holder_call = outer
             return self.create_proxy("call_module", path, args, kwargs)
 
         return call
@@ -289,6 +294,7 @@ class ModuleTracer(fx.Tracer):
                 return value
             node = self.graph.create_node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs)))
             node.meta.update(facts, source=source, holder=self.holders[-1])
+            node.meta.update(serial=next(self.serials), holder_call=self.holder_call)
             if kind == "call_method" and isinstance(args[0], TracedValue):
                 node.meta["on_object"] = not isinstance(args[0].value, (Tensor, int, float))
             changed = self._written(kind, target, kwargs, inputs, value)

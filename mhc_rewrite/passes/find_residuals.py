@@ -104,13 +104,17 @@ class _Finder:
                 terms = _terms(node)
                 if terms is not None:
                     self._consider(node, *terms)
-        seen: dict[SiteKey, int] = {}
+        seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
             source = site.add.meta.get("source") or SourceLine("", 0, "")
-            key = (site.add.meta.get("holder", ""), source.file, source.line, 0)
+            # A module that is called again with trunk and branch in it has the same sites again. Turns of its loops,
+            # and calls of a module that does nothing but the add, are other sites.
+            began = site.add.meta.get("holder_call", 0)
+            within = all(node.meta.get("serial", began) >= began for node in site.region)
+            line = (began if within else 0, (site.add.meta.get("holder", ""), source.file, source.line, 0))
             site.place = self.order[site.add]
-            site.key = (*key[:3], seen.setdefault(key, 0))
-            seen[key] += 1
+            site.key = (*line[1][:3], seen.setdefault(line, 0))
+            seen[line] += 1
 
     def _consider(self, add: fx.Node, left: tuple[fx.Node, float], right: tuple[fx.Node, float]) -> None:
         if left[0].meta["shape"] != right[0].meta["shape"]:

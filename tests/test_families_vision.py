@@ -26,6 +26,8 @@ from family import (
 from mhc_rewrite import mhcify, plan
 from oracle import perturb, site_names, site_params
 
+pytestmark = pytest.mark.slow  # `make test-fast` answers within two minutes
+
 BY_NAME = {family.name: family for family in FAMILIES}
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 

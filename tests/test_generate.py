@@ -18,6 +18,8 @@ from family import Family, output, relative, seeded
 from mhc_rewrite import mhcify
 from oracle import perturb, site_names, site_parameters, site_params
 
+pytestmark = pytest.mark.slow  # `make test-fast` answers within two minutes
+
 GENERATING = ["GPT-2", "Llama", "T5", "Mamba", "Mixtral"]
 SEQUENCES = ["GPT-2", "Llama", "Gemma-3", "OPT", "GPT-NeoX parallel", "Falcon parallel", "BERT", "Mixtral"]
 COLLECTING = ["GPT-2", "Llama", "OPT", "GPT-J", "Falcon sequential", "Phi", "BERT", "T5", "Whisper", "Mamba"]

@@ -37,6 +37,8 @@ from stays import (
     snapshot,
 )
 
+pytestmark = pytest.mark.slow  # `make test-fast` answers within two minutes
+
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> Case:

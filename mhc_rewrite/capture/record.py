@@ -104,6 +104,16 @@ class Recording:
         return inner == outer
 
 
+def innermost_common(chains: list[list[int]]) -> int:
+    """The innermost call that all of several ancestries share, outermost first each; 0, the root's, at the least."""
+    common = 0
+    for depth in zip(*chains, strict=False):
+        if len(set(depth)) > 1:
+            break
+        common = depth[0]
+    return common
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self, recording: Recording) -> None:
         super().__init__()

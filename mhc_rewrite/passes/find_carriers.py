@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mhc_rewrite import vocabulary
-from mhc_rewrite.capture.record import Operation, Recording
+from mhc_rewrite.capture.record import Operation, Recording, innermost_common
 from mhc_rewrite.model import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
@@ -197,13 +197,7 @@ def _home(recording: Recording, candidate: _Candidate) -> int:
         if any(value in needed for value in operation.outputs):
             needed.update(value for value in operation.inputs if value in forward)
             calls.append(operation.call)
-    chains = [recording.ancestry(call) for call in set(calls)]
-    common = 0
-    for depth in zip(*chains, strict=False):
-        if len(set(depth)) > 1:
-            break
-        common = depth[0]
-    return common
+    return innermost_common([recording.ancestry(call) for call in set(calls)])
 
 
 def _reject(recording: Recording, operation: Operation, rule: str, reason: str) -> Rejection:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from mhc_rewrite.capture.record import ModuleCall, Operation, Recording
+from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
 from mhc_rewrite.model import Rejection
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
 
@@ -130,7 +130,7 @@ def _readers_between(
 ) -> tuple[set[str], Ending | None]:
     """Modules that read the trunk between two segments, or why it can't stay n streams there."""
     assert following.came_in is not None
-    common = _common([recording.ancestry(segment.call.index)[:-1] for segment in (last, following)])
+    common = innermost_common([recording.ancestry(segment.call.index)[:-1] for segment in (last, following)])
     modules, raw = _readers(recording, readers[following.came_in], following.came_in, common, (last, following))
     if raw is None:
         return modules, None
@@ -150,7 +150,7 @@ def _lost_between(recording: Recording, segment: Segment, segments: list[Segment
         value = todo.pop()
         if value in out and last is not None:
             calls = [out[value].call, segment.call]
-            common = _common([recording.ancestry(call.index)[:-1] for call in calls])
+            common = innermost_common([recording.ancestry(call.index)[:-1] for call in calls])
             where = recording.calls[last.call].name
             reason = (f"{last.name!r} in {where or 'the model'!r} stands on the trunk between {calls[0].name!r} and "
                       f"{calls[1].name!r}, in code that is not captured; the stream ends there")  # fmt: skip
@@ -171,7 +171,7 @@ def _read_end(recording: Recording, readers: dict[int, list[Operation]], stream:
     last = stream.segments[-1]
     if len(stream.segments) == 1 or any(segment.trunk.after for segment in stream.segments):
         return
-    common = _common([recording.ancestry(segment.call.index)[:-1] for segment in stream.segments])
+    common = innermost_common([recording.ancestry(segment.call.index)[:-1] for segment in stream.segments])
     raw = None
     for value in last.went_out:
         modules, found = _readers(recording, readers[value], value, common, (last,))
@@ -209,16 +209,7 @@ def _scope(recording: Recording, stream: LinkedStream) -> str:
     chains = [recording.ancestry(segment.call.index) for segment in stream.segments]
     if len(chains) > 1:
         chains = [chain[:-1] for chain in chains]
-    return recording.calls[_common(chains)].name
-
-
-def _common(chains: list[list[int]]) -> int:
-    common = 0
-    for depth in zip(*chains, strict=False):
-        if len(set(depth)) > 1:
-            break
-        common = depth[0]
-    return common
+    return recording.calls[innermost_common(chains)].name
 
 
 def _each_once(streams: list[LinkedStream]) -> list[LinkedStream]:

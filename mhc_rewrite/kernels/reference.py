@@ -1,15 +1,35 @@
 """The mathematics in plain PyTorch: the truth that kernels are held against. Equation numbers: arXiv:2512.24880v2.
 
-Streams are (..., n, C), branch inputs and outputs (..., C); the leading dimensions are the tokens. Coefficients are
-fp32, or fp64 where their input is.
+Streams are (..., n, C), branch inputs and outputs (..., C); the leading dimensions are the tokens. A state whose
+streams are still equal may be given as (..., 1, C). Arithmetic is in phi's dtype, fp32 or fp64, in `post` in that of
+H_res. Gradients are autograd's.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from mhc_rewrite.kernels.kinds import KINDS, streams_of
 
-def sinkhorn_knopp(logits: Tensor, iterations: int = 20) -> Tensor:
+
+class Coefficients(NamedTuple):
+    """One site's coefficients per token: `pre` (..., n), `post` (..., n), `res` (..., n, n) as [out, in]."""
+
+    pre: Tensor
+    post: Tensor
+    res: Tensor
+
+
+def split(columns: Tensor, n: int) -> Coefficients:
+    """Cuts the last axis (n^2 + 2n) in the column order [pre: n | post: n | res: n*n row-major]."""
+    pre, post, res = columns.split([n, n, n * n], dim=-1)
+    return Coefficients(pre, post, res.unflatten(-1, (n, n)))
+
+
+def sinkhorn_knopp(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
     """Doubly stochastic matrices from logits [9].
 
     M = exp(logits), then `iterations` times: every column divided by its sum, every row divided by its sum. Computed
@@ -18,31 +38,58 @@ def sinkhorn_knopp(logits: Tensor, iterations: int = 20) -> Tensor:
     Args:
         logits: (..., n, n), any finite values.
         iterations: number of (column, row) normalisations.
+        eps: added to every entry after the first column pass, and to every sum after it (DeepSeek-V4's order).
 
     Returns:
         (..., n, n); rows sum to 1 to rounding, columns as far as the iteration has converged.
     """
-    for _ in range(iterations):
-        logits = logits - logits.logsumexp(dim=-2, keepdim=True)
-        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
+    for k in range(iterations):
+        logits = logits - _log_sum(logits, -2, eps if k else 0.0)
+        if eps and k == 0:
+            logits = (logits.exp() + eps).log()
+        logits = logits - _log_sum(logits, -1, eps)
     return logits.exp()
 
 
-def project(streams: Tensor, phi: Tensor, eps_norm: float) -> Tensor:
-    """Raw coefficients: the RMS-normalised state times phi [14, 15, 16].
+def _log_sum(logits: Tensor, dim: int, eps: float) -> Tensor:
+    sums = logits.logsumexp(dim=dim, keepdim=True)
+    return (sums.exp() + eps).log() if eps else sums
+
+
+def project(streams: Tensor, phi: Tensor, kind: str, eps_norm: float) -> tuple[Tensor, Tensor]:
+    """Raw coefficients, the RMS-normalised state times phi, and the norm [14, 15, 16].
 
     The division by the norm comes after the product, so that one pass over the state serves both.
 
     Args:
-        streams: (..., n, C), in phi's dtype.
-        phi: (n * C, k).
+        streams: (..., n, C), or (..., 1, C) where all streams are equal.
+        phi: (n * C, n^2 + 2n).
+        kind: a name in `KINDS`.
+        eps_norm: under the root.
 
     Returns:
-        (..., k).
+        raw (..., n^2 + 2n) and the norm r, (..., 1), or (..., n) where it is taken per stream; in phi's dtype.
     """
-    state = streams.flatten(-2)
-    norm = ((state * state).mean(dim=-1, keepdim=True) + eps_norm).sqrt()
-    return (state @ phi) / norm
+    n = streams_of(phi.shape[-1])
+    state = streams.to(phi.dtype).expand(*streams.shape[:-2], n, streams.shape[-1])
+    squares = (state * state).mean(dim=-1)
+    if KINDS[kind].constrained:
+        norm = divisor = (squares.mean(dim=-1, keepdim=True) + eps_norm).sqrt()
+    else:
+        norm = (squares + eps_norm).sqrt()
+        divisor = norm.repeat([1] * (norm.dim() - 1) + [n + 2])  # columns pre[j], post[j] and res[i, j] by stream j
+    return (state.flatten(-2) @ phi) / divisor, norm
+
+
+def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
+    """H_pre, H_post and H_res from raw (..., n^2 + 2n), alpha (3,) and bias (n^2 + 2n,) [17, 18, 19]."""
+    n, rules = streams_of(raw.shape[-1]), KINDS[kind]
+    scale = alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device), output_size=n * n + 2 * n)
+    if not rules.constrained:
+        return split(bias + scale * torch.tanh(raw), n)
+    pre, post, res = split(scale * raw + bias, n)
+    res = sinkhorn_knopp(res.mT if rules.transposed else res, iterations, rules.eps)
+    return Coefficients(torch.sigmoid(pre) + rules.eps, 2 * torch.sigmoid(post), res)
 
 
 def mix_in(streams: Tensor, h_pre: Tensor) -> Tensor:
@@ -57,3 +104,27 @@ def mix_out(streams: Tensor, branch: Tensor, h_post: Tensor, h_res: Tensor) -> T
     """
     mixed = (h_res.unsqueeze(-1) * streams.unsqueeze(-3)).sum(dim=-2)
     return mixed + h_post.unsqueeze(-1) * branch.unsqueeze(-2)
+
+
+def pre(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps_norm: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u (..., C) in the dtype of `streams`, H_post (..., n), H_res (..., n, n) of one site."""
+    raw, _ = project(streams, phi, kind, eps_norm)
+    h = coefficients(raw, alpha, bias, kind, iterations)
+    return mix_in(streams.to(phi.dtype), h.pre).to(streams.dtype), h.post, h.res
+
+
+def post(streams: Tensor, branch: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """The next state (..., n, C), in the wider of the dtypes of `streams` and `branch`."""
+    mixed = mix_out(streams.to(h_res.dtype), branch.to(h_res.dtype), h_post, h_res)
+    return mixed.to(torch.promote_types(streams.dtype, branch.dtype))
+
+
+def boundary(
+    streams: Tensor, branch: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps_norm: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`post` of one site and `pre` of the next: X', u', H_post', H_res'."""
+    state = post(streams, branch, h_post, h_res)
+    return state, *pre(state, phi, alpha, bias, kind, iterations, eps_norm)

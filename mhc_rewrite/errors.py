@@ -40,3 +40,7 @@ class UnseenCallError(MHCError):
 
 class StreamError(MHCError):
     """At run time a residual stream did not flow as it did when the model was converted."""
+
+
+class KernelError(MHCError, ValueError):
+    """An operator was given tensors that do not go together."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.connections import CONNECTIONS, Coefficients
-from mhc_rewrite.kernels import reference
+from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.kernels import ops, reference
+from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.torch_private import KeepsPrecision
 
 
@@ -73,43 +73,36 @@ class HyperConnection(KeepsPrecision):
         start(self.phi, self.alpha, self.bias, self.config.n_streams, self.index)
 
     def coefficients(self, streams: Tensor) -> Coefficients:
-        """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout."""
-        with self._full_precision(streams):
-            return self._coefficients(self._tokens_last(streams))
+        """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the
+        reference: for a look at a trained site, not for training it."""
+        *parameters, kind, iterations, eps_norm = self._operands(streams)
+        phi, alpha, bias = parameters
+        with torch.autocast(streams.device.type, enabled=False):
+            raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
+            return reference.coefficients(raw, alpha, bias, kind, iterations)
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """What the block reads, in the dtype of `streams`, and the coefficients that `post` needs."""
-        with self._full_precision(streams):
-            state = self._tokens_last(streams)
-            h = self._coefficients(state)
-            u = reference.mix_in(state, h.pre).to(streams.dtype)
-        return (u if self.channel_dim == -1 else u.movedim(-1, 1)), Mix(h.post, h.res)
+        u, post, res, _, _ = ops.pre(self._tokens_last(streams), *self._operands(streams))
+        return (u if self.channel_dim == -1 else u.movedim(-1, 1)), Mix(post, res)
 
     def post(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The next state, in the wider of the dtypes of `streams` and `branch`."""
-        dtype = torch.promote_types(streams.dtype, branch.dtype)
-        with self._full_precision(streams):
-            state = self._tokens_last(streams)
-            y = (branch if self.channel_dim == -1 else branch.movedim(1, -1)).to(state.dtype)
-            mixed = reference.mix_out(state, y, mix.post, mix.res).to(dtype)
+        y = branch if self.channel_dim == -1 else branch.movedim(1, -1)
+        mixed = ops.post(self._tokens_last(streams), y, mix.post, mix.res)
         return mixed if self.channel_dim == -1 else mixed.movedim((-2, -1), (1, 2))
 
-    def _coefficients(self, state: Tensor) -> Coefficients:
-        dtype = state.dtype
-        parameters = (self.phi.to(dtype), self.alpha.to(dtype), self.bias.to(dtype))
-        connection = CONNECTIONS[self.config.connection]
-        return connection.coefficients(state, *parameters, self.config.sinkhorn_iterations, self.config.eps_norm)
+    def _operands(self, streams: Tensor) -> tuple[Any, ...]:
+        """phi, alpha, bias, kind, iterations and eps as the operators take them."""
+        config, connection = self.config, CONNECTIONS[self.config.connection]
+        dtype = torch.promote_types(streams.dtype, self.phi.dtype)
+        phi = connection.projection(self.phi, config.n_streams).to(dtype)
+        options = connection.kind, config.sinkhorn_iterations, config.eps_norm
+        return phi, self.alpha.to(dtype), self.bias.to(dtype), *options
 
     def _tokens_last(self, streams: Tensor) -> Tensor:
-        """(tokens, n, C) in the dtype of the arithmetic."""
-        state = streams if self.channel_dim == -1 else streams.movedim((1, 2), (-2, -1))
-        return state.to(torch.promote_types(state.dtype, self.phi.dtype))
-
-    @staticmethod
-    def _full_precision(streams: Tensor) -> contextlib.AbstractContextManager[object]:
-        # Autocast would round the coefficients to bf16 without a word: row sums of H_res wrong by 3e-3 a site.
-        device = streams.device.type
-        return torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext()
+        """(tokens, n, C)."""
+        return streams if self.channel_dim == -1 else streams.movedim((1, 2), (-2, -1))
 
     def extra_repr(self) -> str:
         return f"{self.config.connection}, n_streams={self.config.n_streams}, width={self.width}, index={self.index}"

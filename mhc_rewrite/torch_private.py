@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,3 +43,23 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for child, name, hooks in kept:
             setattr(child, name, hooks)
+
+
+def decompose_in_compiled_graphs(
+    operator: torch.library.CustomOpDef, body: Callable[..., Any], unless: Callable[..., bool]
+) -> None:
+    """Makes AOTAutograd trace through `body` instead of recording the operator, wherever `unless` says no.
+
+    Graphs that Dynamo hands to a backend still hold the operator, so that passes can name it. `torch.library` lets an
+    operator have a rule for a dispatch mode, but the mode that AOTAutograd runs under is not public. Should it go,
+    compiled graphs keep the operators whole: right, and slower on a CPU.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    def rule(mode: Any, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if unless(*args):
+            return mode.__torch_dispatch__(function, types, args, kwargs)
+        with mode:
+            return body(*args, **kwargs)
+
+    operator.register_torch_dispatch(FunctionalTensorMode, rule)

@@ -1,13 +1,14 @@
 """One site against implementations that other projects publish: transformers' DeepSeek-V4 and Liger's mHC.
 
 Both normalise rows first and columns last, DeepSeek-V4 contracts the first index of what comes out, and each has
-epsilons of its own. A `Connection` says all that in a few lines, from the package's own parts. And since
-(row, column) passes on A are (column, row) passes on its transpose, the `mhc` connection is compared as it is, too:
-with the columns of phi and bias that make H_res transposed.
+epsilons of its own. The connection `deepseek_v4` has DeepSeek's. And since (row, column) passes on A are (column, row)
+passes on its transpose, the `mhc` connection is compared as it is, too: with the columns of phi and bias that make
+H_res transposed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhc_rewrite import HyperConnection, MHCConfig
-from mhc_rewrite.connections import CONNECTIONS, Coefficients, Connection
-from mhc_rewrite.connections.base import split
-from mhc_rewrite.connections.mhc import MHC
-from mhc_rewrite.kernels import reference
+from mhc_rewrite.kernels.kinds import KINDS
+from mhc_rewrite.kernels.reference import split
 
 WIDTH, TOKENS = 24, (2, 5)
 EPS_NORM = 1e-5
@@ -54,32 +53,6 @@ def res_transposed(columns: Tensor, n: int) -> Tensor:
     """(..., n^2 + 2n) with the columns of H_res[out, in] where those of H_res[in, out] were."""
     pre, post, res = split(columns, n)
     return torch.cat([pre, post, res.mT.flatten(-2)], dim=-1)
-
-
-def columns_last(eps: float, transposed: bool) -> Connection:
-    """Rows first, columns last, each sum with an epsilon; `transposed`: contracts the first index.
-
-    Args:
-        eps: added to H_pre, after the first softmax, and to every sum that follows.
-    """
-
-    def coefficients(
-        streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, sinkhorn_iterations: int, eps_norm: float
-    ) -> Coefficients:
-        n = streams.shape[-2]
-        raw, shift = split(reference.project(streams, phi, eps_norm), n), split(bias, n)
-        res = torch.softmax(alpha[2] * raw.res + shift.res, dim=-1) + eps
-        res = res / (res.sum(dim=-2, keepdim=True) + eps)
-        for _ in range(sinkhorn_iterations - 1):
-            res = res / (res.sum(dim=-1, keepdim=True) + eps)
-            res = res / (res.sum(dim=-2, keepdim=True) + eps)
-        return Coefficients(
-            pre=torch.sigmoid(alpha[0] * raw.pre + shift.pre) + eps,
-            post=2 * torch.sigmoid(alpha[1] * raw.post + shift.post),
-            res=res.mT if transposed else res,
-        )
-
-    return Connection(MHC.phi_shape, MHC.preserve, MHC.paper, coefficients, "defined in this test")
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------
@@ -130,7 +103,7 @@ def two_site_layer(layer_class: type, first: torch.nn.Module, second: torch.nn.M
 @pytest.mark.parametrize("n,iterations", [(4, 20), (4, 1), (3, 5), (2, 20)])
 def test_deepseek_v4(monkeypatch: pytest.MonkeyPatch, connection: str, eps: float, n: int, iterations: int) -> None:
     """A layer of two sites, in transformers' own forward, values and gradients."""
-    monkeypatch.setitem(CONNECTIONS, "deepseek_v4", columns_last(eps, transposed=True))
+    monkeypatch.setitem(KINDS, "deepseek_v4", dataclasses.replace(KINDS["deepseek_v4"], eps=eps))
     first, second, layer_class = deepseek(n, iterations, eps)
     theirs = gaussian(*TOKENS, n, WIDTH, seed=7).requires_grad_()
     want = two_site_layer(layer_class, first, second)(theirs)
@@ -161,7 +134,9 @@ def test_deepseek_v4_differs_otherwise(monkeypatch: pytest.MonkeyPatch, change: 
     theirs = deepseek(4, 3 if change == "iterations" else 20, eps)[0]
     with torch.no_grad():
         theirs.base.mul_(3)  # far from converged
-    monkeypatch.setitem(CONNECTIONS, "deepseek_v4", columns_last(1e-6, transposed=change != "contraction"))
+    monkeypatch.setitem(
+        KINDS, "deepseek_v4", dataclasses.replace(KINDS["deepseek_v4"], transposed=change != "contraction")
+    )
     connection = "mhc" if change == "order" else "deepseek_v4"
     site = new_site(connection, 4, 20, theirs.fn.T, theirs.scale, theirs.base)
     X = gaussian(*TOKENS, 4, WIDTH, seed=7)
@@ -240,13 +215,11 @@ def site_of(case: dict[str, Any], connection: str, transposed: bool) -> tuple[di
     "connection,name,gradients",
     [
         ("mhc", "small", 1e-4),  # where both orders have converged; 20 iterations' gradients have a little less
-        ("columns_last", "large", 10 * CLOSE),
         ("mhc transposed", "large", 10 * CLOSE),
     ],
-    ids=["mhc, converged", "its order", "mhc transposed"],
+    ids=["mhc, converged", "mhc transposed"],
 )
-def test_liger(monkeypatch: pytest.MonkeyPatch, liger: Any, connection: str, name: str, gradients: float) -> None:
-    monkeypatch.setitem(CONNECTIONS, "columns_last", columns_last(0.0, transposed=False))
+def test_liger(liger: Any, connection: str, name: str, gradients: float) -> None:
     case, want = liger[name]
     grads, new = site_of(case, connection.split()[0], transposed="transposed" in connection)
     assert relative(new, want["new"]) < CLOSE

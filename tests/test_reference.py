@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhc_rewrite.kernels.kinds import KINDS
 from mhc_rewrite.kernels.reference import mix_in, mix_out, project, sinkhorn_knopp
 
 STREAMS = (1, 2, 3, 4, 5, 16)
@@ -172,17 +173,29 @@ def test_project(n: int, leading: tuple[int, ...]) -> None:
         streams / torch.sqrt(torch.einsum("...jc,...jc->...", streams, streams) / (n * width) + eps)[..., None, None]
     )
     want = torch.einsum("...jc,jck->...k", normed, phi.reshape(n, width, k))  # row-major: stream 0 first
-    torch.testing.assert_close(project(streams, phi, eps), want, rtol=1e-12, atol=1e-12)
+    raw, norm = project(streams, phi, "mhc", eps)
+    torch.testing.assert_close(raw, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm[..., None] * normed, streams, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_streams_may_be_given_once(kind: str) -> None:
+    one, phi = gaussian(5, 1, 6), gaussian(24, 24, seed=1)
+    for once, all_of_them in zip(project(one, phi, kind, 0.25), project(one.expand(5, 4, 6), phi, kind, 0.25)):
+        torch.testing.assert_close(once, all_of_them, rtol=1e-14, atol=0)
 
 
 def test_project_gradient() -> None:
-    streams, phi = gaussian(3, 2, 4).requires_grad_(), gaussian(8, 5, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, p: project(x, p, 1e-6), (streams, phi))
+    streams, phi = gaussian(3, 2, 4).requires_grad_(), gaussian(8, 8, seed=1).requires_grad_()
+    for kind in KINDS:
+        assert torch.autograd.gradcheck(lambda x, p: project(x, p, kind, 1e-6), (streams, phi))  # noqa: B023
 
 
 def test_project_does_not_see_the_scale() -> None:
     streams, phi = gaussian(3, 4, 8), gaussian(32, 24, seed=1)
-    torch.testing.assert_close(project(1e5 * streams, phi, 1e-20), project(streams, phi, 1e-20), rtol=1e-12, atol=1e-12)
+    for kind in KINDS:
+        near, far = (project(scale * streams, phi, kind, 1e-20)[0] for scale in (1, 1e5))
+        torch.testing.assert_close(far, near, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("eps_norm,finite", [(1e-6, True), (1e-20, False)])
@@ -190,7 +203,7 @@ def test_gradient_of_a_zero_token_in_fp16(eps_norm: float, finite: bool) -> None
     """phi / sqrt(eps) has to fit into fp16: with the paper's epsilon it does not."""
     tokens = torch.stack([torch.zeros(4, 8), torch.ones(4, 8)]).half().requires_grad_()
     phi = gaussian(32, 24).float().requires_grad_()
-    project(tokens.float(), phi, eps_norm).sum().backward()
+    project(tokens.float(), phi, "mhc", eps_norm)[0].sum().backward()
     assert tokens.grad is not None and phi.grad is not None
     assert bool(tokens.grad[0].isfinite().all()) is finite
     assert tokens.grad[1].isfinite().all() and phi.grad.isfinite().all()

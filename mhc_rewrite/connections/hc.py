@@ -5,13 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_rewrite.connections.base import Coefficients, Connection, split
+from mhc_rewrite.connections.base import Connection
+from mhc_rewrite.kernels.reference import split
 
 ALPHA = 0.01
 
 
 def phi_shape(n: int, width: int) -> tuple[int, int]:
     return (width, n + 2)
+
+
+def projection(phi: Tensor, n: int) -> Tensor:
+    """Row j of norm(X) W holds stream j's H_post[j], H_pre[j] and H_res[:, j]: W (C, n + 2) spread over the columns
+    [pre | post | res] of (n C, n^2 + 2n), zero wherever a stream has no say."""
+    post, pre, res = phi.split([1, 1, n], dim=-1)
+    rows = torch.cat([pre, post, res], dim=-1)  # one value per row of the (n + 2, n) columns
+    own = torch.eye(n, dtype=phi.dtype, device=phi.device)
+    return (own[:, None, None, :] * rows[None, :, :, None]).flatten(2).flatten(0, 1)
 
 
 def start(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
@@ -26,22 +36,4 @@ def start(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
     res.fill_diagonal_(1.0)
 
 
-def coefficients(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, sinkhorn_iterations: int, eps_norm: float
-) -> Coefficients:
-    """static + alpha * tanh(norm(X) W), the norm per stream.
-
-    Row i of norm(X) W holds stream i's H_post[i], H_pre[i] and H_res[:, i].
-    """
-    n = streams.shape[-2]
-    normed = streams * torch.rsqrt((streams * streams).mean(dim=-1, keepdim=True) + eps_norm)
-    post, pre, res = torch.tanh(normed @ phi).split([1, 1, n], dim=-1)
-    static = split(bias, n)
-    return Coefficients(
-        pre=static.pre + alpha[0] * pre.squeeze(-1),
-        post=static.post + alpha[1] * post.squeeze(-1),
-        res=static.res + alpha[2] * res.transpose(-1, -2),
-    )
-
-
-HC = Connection(phi_shape, start, start, coefficients, "arXiv:2409.19606")
+HC = Connection("hc", phi_shape, projection, start, start, "arXiv:2409.19606")

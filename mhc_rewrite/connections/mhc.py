@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from mhc_rewrite.connections.base import Coefficients, Connection, split
+from mhc_rewrite.connections.base import Connection
 from mhc_rewrite.errors import ConfigError
-from mhc_rewrite.kernels import reference
+from mhc_rewrite.kernels.reference import split
 
 # The stream that a site mostly reads rotates with the site's index: with equal H_pre on all streams they never part.
 PREFERRED_SHARE = 0.9
@@ -20,6 +19,10 @@ ALPHA = 0.01
 
 def phi_shape(n: int, width: int) -> tuple[int, int]:
     return (n * width, n * n + 2 * n)
+
+
+def projection(phi: Tensor, n: int) -> Tensor:
+    return phi
 
 
 def preserve(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
@@ -42,18 +45,4 @@ def paper(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
     bias.zero_()
 
 
-def coefficients(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, sinkhorn_iterations: int, eps_norm: float
-) -> Coefficients:
-    """Equations [14] to [19]."""
-    n = streams.shape[-2]
-    raw = split(reference.project(streams, phi, eps_norm), n)
-    shift = split(bias, n)
-    return Coefficients(
-        pre=torch.sigmoid(alpha[0] * raw.pre + shift.pre),
-        post=2 * torch.sigmoid(alpha[1] * raw.post + shift.post),
-        res=reference.sinkhorn_knopp(alpha[2] * raw.res + shift.res, sinkhorn_iterations),
-    )
-
-
-MHC = Connection(phi_shape, preserve, paper, coefficients, "arXiv:2512.24880")
+MHC = Connection("mhc", phi_shape, projection, preserve, paper, "arXiv:2512.24880")

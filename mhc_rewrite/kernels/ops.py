@@ -1,0 +1,326 @@
+"""The operators, in the namespace `mhc_rewrite`: all that passes and sites name. Which code runs is decided here.
+
+    pre(X, phi, alpha, bias, kind, iterations, eps) -> u, H_post, H_res, raw, r
+    post(X, y, H_post, H_res) -> X'
+    boundary(X, y, H_post, H_res, phi', alpha', bias', kind, iterations, eps) -> X', u', H_post', H_res', raw', r'
+    post_collapse(X, y, H_post, H_res) -> mean_i X'[i]
+
+Shapes a token: X (n, C), y and u (C,), phi (n C, n^2 + 2n), alpha (3,), bias (n^2 + 2n,), H_post (n,), H_res (n, n);
+the leading axes of X are the tokens of all. A state whose streams are still equal may be given as (1, C): an expansion
+then costs nothing, as C elements are read and not n C. raw and r are what `pre` keeps for its backward, nothing else
+differentiates through them. Streams are fp32, bf16, fp16 or fp64; parameters and coefficients fp32, or fp64, autocast
+or not. `kind` is a name in `KINDS`. Every operator has a fake version and a gradient of its own operators, once.
+
+On a GPU an operator is a few launches of Triton kernels, on a CPU a C++ kernel where one could be built, and aten
+elsewhere. Compiled CPU graphs see the aten of `post` and its gradient, to be fused with what stands around it.
+
+Expansion itself is a view and the collapse one mean: aten moves no more than they need, so they are no operators here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_rewrite.errors import KernelError
+from mhc_rewrite.kernels import aten, native
+from mhc_rewrite.kernels.kinds import KINDS, streams_of
+from mhc_rewrite.torch_private import decompose_in_compiled_graphs
+
+Outputs = tuple[Tensor, ...]
+
+
+def kernels_for(*args: Any) -> ModuleType:
+    """The module whose functions run for these arguments of an operator, of which the first is a tensor of tokens."""
+    device = args[0].device.type
+    if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+        return aten
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        from mhc_rewrite.kernels import triton_kernels
+
+        return triton_kernels
+    return native if device == "cpu" and native.available() else aten
+
+
+# -- bodies: leading axes become T tokens, a kernel runs, and the axes come back --------------------------------------
+
+
+def _pre(
+    kernels: ModuleType, X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float
+) -> Outputs:
+    _check_state(X, phi, kind)
+    parameters = _parameters(X, phi, alpha, bias)
+    return _unflat(X.shape[:-2], kernels.pre(_flat(X, 2), *parameters, kind, iterations, eps))
+
+
+def _pre_backward(
+    kernels: ModuleType, g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, phi: Tensor, alpha: Tensor,
+    bias: Tensor, raw: Tensor, r: Tensor, kind: str, iterations: int,
+) -> Outputs:  # fmt: skip
+    parameters = _parameters(X, phi, alpha, bias)
+    gradients = (_flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
+    kept = (_flat(raw, 1), _flat(r, 1))
+    g_X, g_phi, g_alpha, g_bias = kernels.pre_backward(*gradients, _flat(X, 2), *parameters, *kept, kind, iterations)
+    return g_X.view(X.shape), _per_stream(g_phi, phi), g_alpha, g_bias
+
+
+def _post(kernels: ModuleType, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    _check_branch(X, y, h_post, h_res)
+    out = kernels.post(*_branch(X, y, h_post, h_res))
+    return out.view(*X.shape[:-2], *out.shape[1:])
+
+
+def _post_backward(kernels: ModuleType, g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Outputs:
+    g_X, g_y, g_post, g_res = kernels.post_backward(_flat(g_out, 2), *_branch(X, y, h_post, h_res))
+    return g_X.view(X.shape), g_y.view(y.shape), g_post.view(h_post.shape), _as_given(g_res, h_res)
+
+
+def _post_collapse(kernels: ModuleType, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    return _post(kernels, X, y, *_collapsed(h_post, h_res)).squeeze(-2)
+
+
+def _post_collapse_backward(
+    kernels: ModuleType, g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor
+) -> Outputs:
+    one_row = _collapsed(h_post, h_res)
+    g_X, g_y, g_post, g_res = _post_backward(kernels, g_out.unsqueeze(-2), X, y, *one_row)
+    n = h_post.shape[-1]
+    return g_X, g_y, (g_post / n).expand_as(h_post).contiguous(), (g_res / n).expand_as(h_res).contiguous()
+
+
+def _boundary(
+    kernels: ModuleType, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor,
+    bias: Tensor, kind: str, iterations: int, eps: float,
+) -> Outputs:  # fmt: skip
+    _check_branch(X, y, h_post, h_res)
+    given = _branch(X, y, h_post, h_res)
+    return _unflat(X.shape[:-2], kernels.boundary(*given, phi, alpha, bias, kind, iterations, eps))
+
+
+def _boundary_backward(
+    kernels: ModuleType, g_state: Tensor, g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, y: Tensor,
+    h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, raw: Tensor, r: Tensor,
+    kind: str, iterations: int,
+) -> Outputs:  # fmt: skip
+    gradients = (_flat(g_state, 2), _flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
+    kept = (_flat(raw, 1), _flat(r, 1))
+    g_X, g_y, g_h_post, g_h_res, *g_parameters = kernels.boundary_backward(
+        *gradients, *_branch(X, y, h_post, h_res), phi, alpha, bias, *kept, kind, iterations
+    )
+    given = (g_X.view(X.shape), g_y.view(y.shape), g_h_post.view(h_post.shape), _as_given(g_h_res, h_res))
+    return *given, *g_parameters
+
+
+def _flat(tensor: Tensor, axes: int) -> Tensor:
+    """All but the last `axes` axes as one, contiguous: copied at most once."""
+    return tensor.contiguous().view(-1, *tensor.shape[tensor.dim() - axes :])
+
+
+def _unflat(leading: torch.Size, outputs: Outputs) -> Outputs:
+    return tuple(out.view(*leading, *out.shape[1:]) for out in outputs)
+
+
+def _parameters(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameters for a state as it is given: equal streams meet the sum of phi's rows."""
+    if X.shape[-2] == 1:
+        phi = phi.view(-1, X.shape[-1], phi.shape[-1]).sum(0)
+    return phi.contiguous(), alpha, bias
+
+
+def _per_stream(g_phi: Tensor, phi: Tensor) -> Tensor:
+    """The gradient of phi from that of the sum of its rows, or as it is."""
+    if g_phi.shape == phi.shape:
+        return g_phi
+    return g_phi.repeat(len(phi) // len(g_phi), 1)
+
+
+def _branch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Flat operands of `post`: equal streams meet the sums of H_res's rows."""
+    if X.shape[-2] < h_res.shape[-1]:
+        h_res = h_res.sum(-1, keepdim=True)
+    return _flat(X, 2), _flat(y, 1), _flat(h_post, 1), _flat(h_res, 2)
+
+
+def _collapsed(h_post: Tensor, h_res: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficients of the mean of X' over its streams."""
+    return h_post.mean(-1, keepdim=True), h_res.mean(-2, keepdim=True)
+
+
+def _as_given(g_res: Tensor, h_res: Tensor) -> Tensor:
+    return g_res.view(*h_res.shape[:-2], *g_res.shape[1:]).expand_as(h_res).contiguous()
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def _fake_pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
+    n = _check_state(X, phi, kind)
+    *leading, _, width = X.shape
+    sizes = ((n,), (n, n), (phi.shape[1],), (1 if KINDS[kind].constrained else n,))
+    return X.new_empty([*leading, width]), *(phi.new_empty([*leading, *size]) for size in sizes)
+
+
+def _fake_post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    _check_branch(X, y, h_post, h_res)
+    *leading, _, width = X.shape
+    return X.new_empty([*leading, h_res.shape[-2], width], dtype=torch.promote_types(X.dtype, y.dtype))
+
+
+def _fake_post_collapse(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    _check_branch(X, y, h_post, h_res)
+    return y.new_empty(y.shape, dtype=torch.promote_types(X.dtype, y.dtype))
+
+
+def _fake_boundary(
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    kind: str, iterations: int, eps: float,
+) -> Outputs:  # fmt: skip
+    state = _fake_post(X, y, h_post, h_res)
+    return state, *_fake_pre(state, phi, alpha, bias, kind, iterations, eps)
+
+
+def _fake_like(*places: int) -> Callable[..., Outputs]:
+    """Gradients: one tensor like each of the arguments at these places."""
+    return lambda *args: tuple(args[place].new_empty(args[place].shape) for place in places)
+
+
+def _check_state(X: Tensor, phi: Tensor, kind: str) -> int:
+    n = streams_of(phi.shape[-1])
+    if kind not in KINDS:
+        raise KernelError(f"kind must be one of {', '.join(map(repr, KINDS))}, not {kind!r}.")
+    if phi.dim() != 2 or phi.shape[1] != n * n + 2 * n:
+        raise KernelError(f"phi must have n^2 + 2n columns for some n, not the shape {tuple(phi.shape)}.")
+    if X.dim() < 2 or X.shape[-2] not in (1, n) or phi.shape[0] != n * X.shape[-1]:
+        raise KernelError(
+            f"The streams have the shape {tuple(X.shape)} and phi {tuple(phi.shape)}. For {n} streams the former must "
+            f"be (..., {n}, C), or (..., 1, C) where all streams are equal, and the latter ({n} C, {phi.shape[1]})."
+        )
+    return n
+
+
+def _check_branch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> None:
+    rows, columns = h_res.shape[-2:]
+    want = (*X.shape[:-2], X.shape[-1]), (*X.shape[:-2], rows), (*X.shape[:-2], rows, columns)
+    if (y.shape, h_post.shape, h_res.shape) != want or X.shape[-2] not in (1, columns):
+        raise KernelError(
+            f"The streams {tuple(X.shape)}, the branch's output {tuple(y.shape)}, H_post {tuple(h_post.shape)} and "
+            f"H_res {tuple(h_res.shape)} do not go together: expected (..., n, C), (..., C), (..., n) and (..., n, n)."
+        )
+
+
+# -- registration -----------------------------------------------------------------------------------------------------
+
+
+def _define(schema: str, body: Callable[..., Any], fake: Callable[..., Any], projects: bool) -> Any:
+    """Registers one operator; `projects`: it holds a projection, which Inductor makes slow code of on a CPU."""
+    name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
+
+    def run(*args: Any) -> Any:
+        kernels = kernels_for(*args) if args[0].numel() else aten
+        with _full_precision(args[0]):
+            return body(kernels, *args)
+
+    def stays(*args: Any) -> bool:
+        kernels = kernels_for(*args)
+        return kernels is not aten and (projects or kernels is not native)
+
+    def decomposed(*args: Any) -> Any:
+        with _full_precision(args[0]):
+            return body(aten, *args)
+
+    operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    decompose_in_compiled_graphs(operator, decomposed, unless=stays)
+    return operator
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    # Autocast would round the coefficients to bf16 without a word: row sums of H_res wrong by 3e-3 a site.
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+_STATE = "Tensor X, Tensor phi, Tensor alpha, Tensor bias"
+_BRANCH = "Tensor X, Tensor y, Tensor h_post, Tensor h_res"
+_PARAMETERS = "Tensor phi, Tensor alpha, Tensor bias"
+_KIND = "str kind, int iterations"
+_KEPT = "Tensor raw, Tensor r"
+
+
+def _tensors(count: int) -> str:
+    return "(" + ", ".join(["Tensor"] * count) + ")"
+
+
+pre = _define(f"({_STATE}, {_KIND}, float eps) -> {_tensors(5)}", _pre, _fake_pre, projects=True)
+pre_backward = _define(
+    f"(Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}) -> {_tensors(4)}",
+    _pre_backward, _fake_like(3, 4, 5, 6), projects=True,
+)  # fmt: skip
+post = _define(f"({_BRANCH}) -> Tensor", _post, _fake_post, projects=False)
+post_backward = _define(
+    f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_backward, _fake_like(1, 2, 3, 4), projects=False
+)
+post_collapse = _define(f"({_BRANCH}) -> Tensor", _post_collapse, _fake_post_collapse, projects=False)
+post_collapse_backward = _define(
+    f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_collapse_backward, _fake_like(1, 2, 3, 4), projects=False
+)
+boundary = _define(
+    f"({_BRANCH}, {_PARAMETERS}, {_KIND}, float eps) -> {_tensors(6)}", _boundary, _fake_boundary, projects=True
+)
+boundary_backward = _define(
+    f"(Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND})"
+    f" -> {_tensors(7)}",
+    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), projects=True,
+)  # fmt: skip
+
+# Never decomposed: this is what keeps the iterations out of compiled graphs. aten.py calls it from the bodies above,
+# below autograd, so that a gradient formula would never be used.
+sinkhorn = torch.library.custom_op(
+    "mhc_rewrite::sinkhorn",
+    aten.sinkhorn,
+    mutates_args=(),
+    schema="(Tensor logits, int iterations, float eps) -> Tensor",
+)
+sinkhorn.register_fake(lambda logits, iterations, eps: torch.empty_like(logits, memory_format=torch.contiguous_format))
+sinkhorn_backward = torch.library.custom_op(
+    "mhc_rewrite::sinkhorn_backward", aten.sinkhorn_backward, mutates_args=(),
+    schema="(Tensor g_res, Tensor logits, int iterations, float eps) -> Tensor",
+)  # fmt: skip
+sinkhorn_backward.register_fake(
+    lambda g_res, logits, iterations, eps: torch.empty_like(logits, memory_format=torch.contiguous_format)
+)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def _keep_pre(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    *tensors, kind, iterations, _ = inputs
+    raw, r = output[-2:]
+    ctx.save_for_backward(*tensors, raw, r)
+    ctx.mark_non_differentiable(raw, r)
+    ctx.options = kind, iterations
+
+
+def _pre_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    return *pre_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+def _boundary_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    return *boundary_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+pre.register_autograd(_pre_gradients, setup_context=_keep_pre)
+boundary.register_autograd(_boundary_gradients, setup_context=_keep_pre)
+post.register_autograd(lambda ctx, g_out: post_backward(g_out, *ctx.saved_tensors), setup_context=_keep_inputs)
+post_collapse.register_autograd(
+    lambda ctx, g_out: post_collapse_backward(g_out, *ctx.saved_tensors), setup_context=_keep_inputs
+)

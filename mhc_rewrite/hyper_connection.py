@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.reference import Coefficients
-from mhc_rewrite.torch_private import KeepsPrecision
+from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
 
 
 class Mix(NamedTuple):
@@ -75,22 +76,24 @@ class HyperConnection(KeepsPrecision):
     def coefficients(self, streams: Tensor) -> Coefficients:
         """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the
         reference: for a look at a trained site, not for training it."""
-        *parameters, kind, iterations, eps_norm = self._operands(streams)
-        phi, alpha, bias = parameters
-        with torch.autocast(streams.device.type, enabled=False):
-            raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
-            return reference.coefficients(raw, alpha, bias, kind, iterations)
+        phi, alpha, bias, kind, iterations, eps_norm = self._operands(streams)
+        raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
+        return reference.coefficients(raw, alpha, bias, kind, iterations)
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """What the block reads, in the dtype of `streams`, and the coefficients that `post` needs."""
-        u, post, res, _, _ = ops.pre(self._tokens_last(streams), *self._operands(streams))
+        u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams))
         return (u if self.channel_dim == -1 else u.movedim(-1, 1)), Mix(post, res)
 
     def post(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The next state, in the wider of the dtypes of `streams` and `branch`."""
         y = branch if self.channel_dim == -1 else branch.movedim(1, -1)
-        mixed = ops.post(self._tokens_last(streams), y, mix.post, mix.res)
+        mixed = self._operators().post(self._tokens_last(streams), y, mix.post, mix.res)
         return mixed if self.channel_dim == -1 else mixed.movedim((-2, -1), (1, 2))
+
+    @staticmethod
+    def _operators() -> ModuleType:
+        return reference if inside_function_transform() else ops
 
     def _operands(self, streams: Tensor) -> tuple[Any, ...]:
         """phi, alpha, bias, kind, iterations and eps as the operators take them."""

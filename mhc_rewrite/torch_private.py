@@ -63,3 +63,11 @@ def decompose_in_compiled_graphs(
             return body(*args, **kwargs)
 
     operator.register_torch_dispatch(FunctionalTensorMode, rule)
+
+
+def inside_function_transform() -> bool:
+    """Whether `torch.func.grad`, `vmap` or the like is being traced, which custom operators have no rules for.
+
+    Should the call go, `False` is right but for those transforms, which then raise.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

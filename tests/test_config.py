@@ -83,7 +83,7 @@ NOT_INTS = (0, -1, 2.0, "4", None, True, math.nan)
         *(("min_sites", value, "an int of at least 1") for value in NOT_INTS),
         *(("init", value, "'preserve', 'paper'") for value in ("Preserve", "", None, 1)),
         *(("collapse", value, "'mean', 'sum'") for value in ("max", None)),
-        *(("connection", value, "'mhc', 'hc'") for value in ("mhc2", None)),
+        *(("connection", value, "'mhc', 'deepseek_v4', 'hc'") for value in ("mhc2", None)),
         *(("eps_norm", value, "a positive number") for value in (0, 0.0, -1e-6, "1e-6", None, True, math.nan)),
         *(("include", value, "name patterns") for value in (("",), (1,), ("a", None))),
         *(("exclude", value, "name patterns") for value in (("",), [2])),

@@ -78,7 +78,9 @@ def project(streams: Tensor, phi: Tensor, kind: str, eps_norm: float) -> tuple[T
     else:
         norm = (squares + eps_norm).sqrt()
         divisor = norm.repeat([1] * (norm.dim() - 1) + [n + 2])  # columns pre[j], post[j] and res[i, j] by stream j
-    return (state.flatten(-2) @ phi) / divisor, norm
+    with torch.autocast(phi.device.type, enabled=False):  # which would round the product to bf16 without a word
+        product = state.flatten(-2) @ phi
+    return product / divisor, norm
 
 
 def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:

@@ -1,0 +1,126 @@
+"""How the Triton kernels are cut into programs: named configurations, a fixed default for every size, and overrides.
+
+Nothing is tuned unless asked: the defaults follow from n, C and the number of tokens alone. They were chosen so that no
+kernel spills for n <= 8 on the GPUs in tests/kernel_compile.py; none has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Programs that fill a large GPU about twice; what splits over tokens or over C aim at.
+PROGRAMS = 256
+# Up to here a forward with few tokens is split over C.
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of one kernel.
+
+    Attributes:
+        name: what `using` calls it.
+        tokens: tokens of a block.
+        width: elements of C of a block; a power of two.
+        warps, stages: Triton's num_warps and num_stages.
+        streams: streams whose rows of phi's gradient one program makes (parameter gradients only).
+        atomic: phi's gradient by atomic adds, in no fixed order, instead of a split reduction in order.
+    """
+
+    name: str
+    tokens: int
+    width: int
+    warps: int
+    stages: int = 2
+    streams: int = 1
+    atomic: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as data: `run` launches it, the tests compile it for GPUs that are not there."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    config: Config
+
+    def run(self) -> None:
+        options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
+        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+_overrides: dict[str, str] = {}
+
+
+def choose(kernel: str, n: int, width: int, tokens: int) -> Config:
+    """The configuration of a kernel for n streams of `width` elements and so many tokens."""
+    name = _overrides.get(kernel, "default")
+    return next(config for config in configurations(kernel, n, width, tokens) if config.name == name)
+
+
+def configurations(kernel: str, n: int, width: int, tokens: int) -> list[Config]:
+    """Everything that can be picked for a kernel; the first is the default.
+
+    Args:
+        kernel: `post`, `post_backward`, `forward`, `split`, `state` or `parameters`.
+    """
+    whole = power_of_two(width)
+    if kernel in ("post", "post_backward"):
+        # One warp a token row of 256 elements: 16-byte accesses in bf16, coefficients the same for the warp. Beyond
+        # eight streams the tiles of all streams would not fit into registers at that width.
+        columns = min(whole, 256 if n <= 4 else 128 if n <= 8 else 64)
+        default = Config("default", max(1, 4 * 256 // columns // (1 if n <= 4 else 2)), columns, 4)
+        return [default, dataclasses.replace(default, name="wide", tokens=max(1, default.tokens // 2), warps=2)]
+    if kernel == "parameters":
+        streams = min(n, 4 if n <= 4 else 2 if n <= 8 else 1)
+        default = Config("default", 32, min(max(whole, 16), 32 if n <= 8 else 16), 4, streams=streams)
+        return [default, dataclasses.replace(default, name="atomic", atomic=True)]
+    columns = min(max(whole, 16), 64 if n <= 4 else 32 if n <= 8 else 16)
+    default = Config("default", 16, columns, 4)
+    if kernel == "state":
+        return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
+    if kernel == "split":
+        return [default, dataclasses.replace(default, name="narrow", width=16)]
+    # phi is read once a block of tokens: more tokens halve that traffic, where enough programs are left.
+    many = dataclasses.replace(default, name="many_tokens", tokens=32)
+    if n <= 8 and tokens >= 32 * PROGRAMS // 2:
+        return [dataclasses.replace(many, name="default"), dataclasses.replace(default, name="few_tokens")]
+    return [default, many]
+
+
+@contextlib.contextmanager
+def using(kernel: str, name: str) -> Iterator[None]:
+    """Inside, a kernel takes the configuration of this name.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    if name not in {config.name for config in configurations(kernel, 4, 768, 4096)}:
+        raise KeyError(f"{kernel} has no configuration {name!r}.")
+    before = _overrides.get(kernel)
+    _overrides[kernel] = name
+    try:
+        yield
+    finally:
+        _overrides.pop(kernel)
+        if before is not None:
+            _overrides[kernel] = before
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def precision() -> str:
+    """How `tl.dot` multiplies fp32: three tf32 products where tensor cores have them, plain fp32 on AMD, where tf32
+    does not compile on every chip."""
+    return "ieee" if torch.version.hip else "tf32x3"

@@ -11,105 +11,87 @@ then costs nothing, as C elements are read and not n C. raw and r are what `pre`
 differentiates through them. Streams are fp32, bf16, fp16 or fp64; parameters and coefficients fp32, or fp64, autocast
 or not. `kind` is a name in `KINDS`. Every operator has a fake version and a gradient of its own operators, once.
 
-On a GPU an operator is a few launches of Triton kernels, on a CPU a C++ kernel where one could be built, and aten
-elsewhere. Compiled CPU graphs see the aten of `post` and its gradient, to be fused with what stands around it.
+Every device runs aten.py, and compiled graphs see its aten, but for Sinkhorn-Knopp. The Triton kernels that exist are
+not wired in: the gradients of `pre` and `boundary` are missing, and none has run on a GPU.
 
 Expansion itself is a view and the collapse one mean: aten moves no more than they need, so they are no operators here.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
-from mhc_rewrite.kernels import aten, native
+from mhc_rewrite.kernels import aten
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.torch_private import decompose_in_compiled_graphs
 
 Outputs = tuple[Tensor, ...]
 
 
-def kernels_for(*args: Any) -> ModuleType:
-    """The module whose functions run for these arguments of an operator, of which the first is a tensor of tokens."""
-    device = args[0].device.type
-    if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
-        return aten
-    if device == "cuda" and importlib.util.find_spec("triton"):
-        from mhc_rewrite.kernels import triton_kernels
-
-        return triton_kernels
-    return native if device == "cpu" and native.available() else aten
+# -- bodies: leading axes become T tokens and come back -------------------------------------------------------
 
 
-# -- bodies: leading axes become T tokens, a kernel runs, and the axes come back --------------------------------------
-
-
-def _pre(
-    kernels: ModuleType, X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float
-) -> Outputs:
+def _pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
     _check_state(X, phi, kind)
     parameters = _parameters(X, phi, alpha, bias)
-    return _unflat(X.shape[:-2], kernels.pre(_flat(X, 2), *parameters, kind, iterations, eps))
+    return _unflat(X.shape[:-2], aten.pre(_flat(X, 2), *parameters, kind, iterations, eps))
 
 
 def _pre_backward(
-    kernels: ModuleType, g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, phi: Tensor, alpha: Tensor,
+    g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, phi: Tensor, alpha: Tensor,
     bias: Tensor, raw: Tensor, r: Tensor, kind: str, iterations: int,
 ) -> Outputs:  # fmt: skip
     parameters = _parameters(X, phi, alpha, bias)
     gradients = (_flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
-    g_X, g_phi, g_alpha, g_bias = kernels.pre_backward(*gradients, _flat(X, 2), *parameters, *kept, kind, iterations)
+    g_X, g_phi, g_alpha, g_bias = aten.pre_backward(*gradients, _flat(X, 2), *parameters, *kept, kind, iterations)
     return g_X.view(X.shape), _per_stream(g_phi, phi), g_alpha, g_bias
 
 
-def _post(kernels: ModuleType, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+def _post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     _check_branch(X, y, h_post, h_res)
-    out = kernels.post(*_branch(X, y, h_post, h_res))
+    out = aten.post(*_branch(X, y, h_post, h_res))
     return out.view(*X.shape[:-2], *out.shape[1:])
 
 
-def _post_backward(kernels: ModuleType, g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Outputs:
-    g_X, g_y, g_post, g_res = kernels.post_backward(_flat(g_out, 2), *_branch(X, y, h_post, h_res))
+def _post_backward(g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Outputs:
+    g_X, g_y, g_post, g_res = aten.post_backward(_flat(g_out, 2), *_branch(X, y, h_post, h_res))
     return g_X.view(X.shape), g_y.view(y.shape), g_post.view(h_post.shape), _as_given(g_res, h_res)
 
 
-def _post_collapse(kernels: ModuleType, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
-    return _post(kernels, X, y, *_collapsed(h_post, h_res)).squeeze(-2)
+def _post_collapse(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    return _post(X, y, *_collapsed(h_post, h_res)).squeeze(-2)
 
 
-def _post_collapse_backward(
-    kernels: ModuleType, g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor
-) -> Outputs:
+def _post_collapse_backward(g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Outputs:
     one_row = _collapsed(h_post, h_res)
-    g_X, g_y, g_post, g_res = _post_backward(kernels, g_out.unsqueeze(-2), X, y, *one_row)
+    g_X, g_y, g_post, g_res = _post_backward(g_out.unsqueeze(-2), X, y, *one_row)
     n = h_post.shape[-1]
     return g_X, g_y, (g_post / n).expand_as(h_post).contiguous(), (g_res / n).expand_as(h_res).contiguous()
 
 
 def _boundary(
-    kernels: ModuleType, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor,
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor,
     bias: Tensor, kind: str, iterations: int, eps: float,
 ) -> Outputs:  # fmt: skip
     _check_branch(X, y, h_post, h_res)
     given = _branch(X, y, h_post, h_res)
-    return _unflat(X.shape[:-2], kernels.boundary(*given, phi, alpha, bias, kind, iterations, eps))
+    return _unflat(X.shape[:-2], aten.boundary(*given, phi, alpha, bias, kind, iterations, eps))
 
 
 def _boundary_backward(
-    kernels: ModuleType, g_state: Tensor, g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, y: Tensor,
+    g_state: Tensor, g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, y: Tensor,
     h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, raw: Tensor, r: Tensor,
     kind: str, iterations: int,
 ) -> Outputs:  # fmt: skip
     gradients = (_flat(g_state, 2), _flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
-    g_X, g_y, g_h_post, g_h_res, *g_parameters = kernels.boundary_backward(
+    g_X, g_y, g_h_post, g_h_res, *g_parameters = aten.boundary_backward(
         *gradients, *_branch(X, y, h_post, h_res), phi, alpha, bias, *kept, kind, iterations
     )
     given = (g_X.view(X.shape), g_y.view(y.shape), g_h_post.view(h_post.shape), _as_given(g_h_res, h_res))
@@ -216,26 +198,17 @@ def _check_branch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> None:
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
-def _define(schema: str, body: Callable[..., Any], fake: Callable[..., Any], projects: bool) -> Any:
-    """Registers one operator; `projects`: it holds a projection, which Inductor makes slow code of on a CPU."""
-    name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
+def _define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers one operator."""
 
     def run(*args: Any) -> Any:
-        kernels = kernels_for(*args) if args[0].numel() else aten
         with _full_precision(args[0]):
-            return body(kernels, *args)
+            return body(*args)
 
-    def stays(*args: Any) -> bool:
-        kernels = kernels_for(*args)
-        return kernels is not aten and (projects or kernels is not native)
-
-    def decomposed(*args: Any) -> Any:
-        with _full_precision(args[0]):
-            return body(aten, *args)
-
+    name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
     operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
-    decompose_in_compiled_graphs(operator, decomposed, unless=stays)
+    decompose_in_compiled_graphs(operator, run)
     return operator
 
 
@@ -255,26 +228,22 @@ def _tensors(count: int) -> str:
     return "(" + ", ".join(["Tensor"] * count) + ")"
 
 
-pre = _define(f"({_STATE}, {_KIND}, float eps) -> {_tensors(5)}", _pre, _fake_pre, projects=True)
+pre = _define(f"({_STATE}, {_KIND}, float eps) -> {_tensors(5)}", _pre, _fake_pre)
 pre_backward = _define(
     f"(Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}) -> {_tensors(4)}",
-    _pre_backward, _fake_like(3, 4, 5, 6), projects=True,
+    _pre_backward, _fake_like(3, 4, 5, 6),
 )  # fmt: skip
-post = _define(f"({_BRANCH}) -> Tensor", _post, _fake_post, projects=False)
-post_backward = _define(
-    f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_backward, _fake_like(1, 2, 3, 4), projects=False
-)
-post_collapse = _define(f"({_BRANCH}) -> Tensor", _post_collapse, _fake_post_collapse, projects=False)
+post = _define(f"({_BRANCH}) -> Tensor", _post, _fake_post)
+post_backward = _define(f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_backward, _fake_like(1, 2, 3, 4))
+post_collapse = _define(f"({_BRANCH}) -> Tensor", _post_collapse, _fake_post_collapse)
 post_collapse_backward = _define(
-    f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_collapse_backward, _fake_like(1, 2, 3, 4), projects=False
+    f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_collapse_backward, _fake_like(1, 2, 3, 4)
 )
-boundary = _define(
-    f"({_BRANCH}, {_PARAMETERS}, {_KIND}, float eps) -> {_tensors(6)}", _boundary, _fake_boundary, projects=True
-)
+boundary = _define(f"({_BRANCH}, {_PARAMETERS}, {_KIND}, float eps) -> {_tensors(6)}", _boundary, _fake_boundary)
 boundary_backward = _define(
     f"(Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND})"
     f" -> {_tensors(7)}",
-    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), projects=True,
+    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10),
 )  # fmt: skip
 
 # Never decomposed: this is what keeps the iterations out of compiled graphs. aten.py calls it from the bodies above,

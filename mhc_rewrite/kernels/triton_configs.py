@@ -1,7 +1,7 @@
 """How the Triton kernels are cut into programs: named configurations, a fixed default for every size, and overrides.
 
-Nothing is tuned unless asked: the defaults follow from n, C and the number of tokens alone. They were chosen so that no
-kernel spills for n <= 8 on the GPUs in tests/kernel_compile.py; none has been timed on a GPU.
+Nothing is tuned unless asked: the defaults follow from n, C and the number of tokens alone.
+None has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-# Programs that fill a large GPU about twice; what splits over tokens or over C aim at.
+# Programs that fill a large GPU about twice.
 PROGRAMS = 256
-# Up to here a forward with few tokens is split over C.
-FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,6 @@ class Config:
         tokens: tokens of a block.
         width: elements of C of a block; a power of two.
         warps, stages: Triton's num_warps and num_stages.
-        streams: streams whose rows of phi's gradient one program makes (parameter gradients only).
-        atomic: phi's gradient by atomic adds, in no fixed order, instead of a split reduction in order.
     """
 
     name: str
@@ -38,8 +34,6 @@ class Config:
     width: int
     warps: int
     stages: int = 2
-    streams: int = 1
-    atomic: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def configurations(kernel: str, n: int, width: int, tokens: int) -> list[Config]
     """Everything that can be picked for a kernel; the first is the default.
 
     Args:
-        kernel: `post`, `post_backward`, `forward`, `split`, `state` or `parameters`.
+        kernel: `post`, `post_backward` or `forward`.
     """
     whole = power_of_two(width)
     if kernel in ("post", "post_backward"):
@@ -79,16 +73,8 @@ def configurations(kernel: str, n: int, width: int, tokens: int) -> list[Config]
         columns = min(whole, 256 if n <= 4 else 128 if n <= 8 else 64)
         default = Config("default", max(1, 4 * 256 // columns // (1 if n <= 4 else 2)), columns, 4)
         return [default, dataclasses.replace(default, name="wide", tokens=max(1, default.tokens // 2), warps=2)]
-    if kernel == "parameters":
-        streams = min(n, 4 if n <= 4 else 2 if n <= 8 else 1)
-        default = Config("default", 32, min(max(whole, 16), 32 if n <= 8 else 16), 4, streams=streams)
-        return [default, dataclasses.replace(default, name="atomic", atomic=True)]
     columns = min(max(whole, 16), 64 if n <= 4 else 32 if n <= 8 else 16)
     default = Config("default", 16, columns, 4)
-    if kernel == "state":
-        return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
-    if kernel == "split":
-        return [default, dataclasses.replace(default, name="narrow", width=16)]
     # phi is read once a block of tokens: more tokens halve that traffic, where enough programs are left.
     many = dataclasses.replace(default, name="many_tokens", tokens=32)
     if n <= 8 and tokens >= 32 * PROGRAMS // 2:

@@ -1,2 +1,0 @@
-def available() -> bool:
-    return False

@@ -1,4 +1,5 @@
-"""The operators: registered as PyTorch wants them, equal to the reference, gradients too, and in graphs as they should."""
+"""The operators: registered as PyTorch wants them, equal to the reference with gradients, and in graphs as they
+should be."""
 
 from __future__ import annotations
 

@@ -87,10 +87,10 @@ def boundary_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of X, y, H_post, H_res, phi, alpha and bias. X' is built again instead of kept."""
     state = post(X, y, h_post, h_res)
-    through, *parameters = pre_backward(
-        g_u, g_post, g_res, state.to(phi.dtype), phi, alpha, bias, raw, r, kind, iterations
-    )
-    return *post_backward(g_state.to(phi.dtype) + through, X, y, h_post, h_res), *parameters
+    wide = state.to(phi.dtype)
+    through, g_phi, g_alpha, g_bias = pre_backward(g_u, g_post, g_res, wide, phi, alpha, bias, raw, r, kind, iterations)
+    g_X, g_y, g_h_post, g_h_res = post_backward(g_state.to(phi.dtype) + through, X, y, h_post, h_res)
+    return g_X, g_y, g_h_post, g_h_res, g_phi, g_alpha, g_bias
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:

@@ -1,4 +1,7 @@
-"""The Triton kernels against the reference in fp64, by Triton's interpreter. Run by tests/test_kernels_interpreted.py."""
+"""The Triton kernels against the reference in fp64, by Triton's interpreter.
+
+Run by tests/test_kernels_interpreted.py, in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -110,14 +113,15 @@ LOGITS = {
 }
 
 
-@pytest.mark.parametrize("name,kind", itertools.product(LOGITS, ["mhc", "deepseek_v4"]))
+@pytest.mark.parametrize("name,kind", list(itertools.product(LOGITS, ["mhc", "deepseek_v4"])))
 def test_sinkhorn_of_any_logits(name: str, kind: str) -> None:
     phi, alpha, bias = parameters(4, 4, 8)
     bias[8:] = LOGITS[name].flatten()
     X = torch.zeros(3, 4, 8)  # nothing is projected: the logits are the bias
     _, _, h_res, _, r = triton_boundary.pre(X, phi, alpha, bias, kind, 20, 1e-6)
     _, _, want = reference.pre(X.double(), phi.double(), alpha.double(), bias.double(), kind, 20, 1e-6)
-    assert_close((h_res,), (want,), 1e-4)
+    # An fp32 number of size 1e4 is known to 5e-4, and so is a difference of logits: the reference in fp32 errs by 1e-4.
+    assert_close((h_res,), (want,), 1e-3)
     assert r.isfinite().all()
 
 

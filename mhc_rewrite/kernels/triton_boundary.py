@@ -60,7 +60,7 @@ def _forward_kernel(
         if MIX:
             branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
             tiles = _load_streams(X, t, c, mask, C, M)
-        for i in tl.static_range(S):
+        for i in range(S):
             rows = (t * S + i)[:, None] * C + c[None, :]
             if MIX:
                 x = _mixed(tiles, branch, h_post_in, h_res_in, t, real, i, M, N, state.dtype.element_ty)
@@ -156,7 +156,7 @@ def forward_launch(
 ) -> Launch:  # fmt: skip
     """`mix`: y, H_post and H_res of the site before, or None for `pre`."""
     (tokens, _, width), rules = X.shape, KINDS[kind]
-    config = choose("forward", streams_of(phi.shape[1]), width, tokens)
+    config = choose("forward", streams_of(phi.shape[1]), width)
     names = ("X", "y", "h_post_in", "h_res_in", "state", "phi", "alpha", "bias", "u", "h_post", "h_res", "raw", "r")
     tensors = (X, *(mix or (X, X, X)), state, phi, alpha, bias, *outputs)  # without a mix X stands in, unread
     sizes = {"T": tokens, "C": width, "iterations": iterations, "eps_norm": eps}

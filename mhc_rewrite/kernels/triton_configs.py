@@ -1,6 +1,6 @@
 """How the Triton kernels are cut into programs: named configurations, a fixed default for every size, and overrides.
 
-Nothing is tuned unless asked: the defaults follow from n, C and the number of tokens alone.
+Nothing is tuned unless asked: the defaults follow from n and C alone.
 None has been timed on a GPU.
 """
 
@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-# Programs that fill a large GPU about twice.
-PROGRAMS = 256
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,13 @@ class Launch:
 _overrides: dict[str, str] = {}
 
 
-def choose(kernel: str, n: int, width: int, tokens: int) -> Config:
-    """The configuration of a kernel for n streams of `width` elements and so many tokens."""
+def choose(kernel: str, n: int, width: int) -> Config:
+    """The configuration of a kernel for n streams of `width` elements."""
     name = _overrides.get(kernel, "default")
-    return next(config for config in configurations(kernel, n, width, tokens) if config.name == name)
+    return next(config for config in configurations(kernel, n, width) if config.name == name)
 
 
-def configurations(kernel: str, n: int, width: int, tokens: int) -> list[Config]:
+def configurations(kernel: str, n: int, width: int) -> list[Config]:
     """Everything that can be picked for a kernel; the first is the default.
 
     Args:
@@ -73,13 +70,10 @@ def configurations(kernel: str, n: int, width: int, tokens: int) -> list[Config]
         columns = min(whole, 256 if n <= 4 else 128 if n <= 8 else 64)
         default = Config("default", max(1, 4 * 256 // columns // (1 if n <= 4 else 2)), columns, 4)
         return [default, dataclasses.replace(default, name="wide", tokens=max(1, default.tokens // 2), warps=2)]
-    columns = min(max(whole, 16), 64 if n <= 4 else 32 if n <= 8 else 16)
-    default = Config("default", 16, columns, 4)
-    # phi is read once a block of tokens: more tokens halve that traffic, where enough programs are left.
-    many = dataclasses.replace(default, name="many_tokens", tokens=32)
-    if n <= 8 and tokens >= 32 * PROGRAMS // 2:
-        return [dataclasses.replace(many, name="default"), dataclasses.replace(default, name="few_tokens")]
-    return [default, many]
+    # phi is read once a block of tokens. The tiles of eight streams leave registers for less than those of four.
+    block = 32 if n <= 4 else 16
+    default = Config("default", block, min(max(whole, 16), block), 4)
+    return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
 
 
 @contextlib.contextmanager
@@ -89,8 +83,9 @@ def using(kernel: str, name: str) -> Iterator[None]:
     Raises:
         KeyError: there is none of this name.
     """
-    if name not in {config.name for config in configurations(kernel, 4, 768, 4096)}:
-        raise KeyError(f"{kernel} has no configuration {name!r}.")
+    names = {config.name for config in configurations(kernel, 4, 768)}
+    if name not in names:
+        raise KeyError(f"{kernel} has no configuration {name!r}; it has {', '.join(sorted(names))}.")
     before = _overrides.get(kernel)
     _overrides[kernel] = name
     try:

@@ -101,7 +101,7 @@ def post_backward(
 
 def post_launch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, out: Tensor) -> Launch:
     (tokens, columns, width), rows = X.shape, h_res.shape[1]
-    config = choose("post", max(rows, columns), width, tokens)
+    config = choose("post", max(rows, columns), width)
     return Launch(
         _post_forward_kernel,
         (triton.cdiv(tokens, config.tokens), triton.cdiv(width, config.width)),
@@ -116,7 +116,7 @@ def post_backward_launch(
     g_X: Tensor, g_y: Tensor, g_post: Tensor, g_res: Tensor,
 ) -> Launch:  # fmt: skip
     (tokens, columns, width), rows = X.shape, h_res.shape[1]
-    config = choose("post_backward", max(rows, columns), width, tokens)
+    config = choose("post_backward", max(rows, columns), width)
     tensors = {"g_out": g_out, "X": X, "y": y, "h_post": h_post, "h_res": h_res}
     gradients = {"g_X": g_X, "g_y": g_y, "g_post": g_post, "g_res": g_res}
     return Launch(

@@ -1,0 +1,114 @@
+"""Compiles the Triton kernels ahead of time, for GPUs that need not be there, and reads what each needs of them.
+
+`python tests/kernel_compile.py` prints the table. The launches are those that the package makes, on meta tensors.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mhc_rewrite.kernels import triton_boundary, triton_post
+from mhc_rewrite.kernels.triton_configs import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Resources(NamedTuple):
+    """Registers a thread, bytes (NVIDIA) or registers (AMD) spilled, bytes of shared memory a program."""
+
+    registers: int
+    spills: int
+    shared: int
+    wide: int
+    """Accesses of 16 bytes in the code."""
+
+
+def launches(n: int, width: int = 768, tokens: int = 4096, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
+    """Every kernel's launch at this size."""
+    columns = n * n + 2 * n
+
+    def stream(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def number(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    X, y, h_post, h_res = stream(tokens, n, width), stream(tokens, width), number(tokens, n), number(tokens, n, n)
+    parameters = number(n * width, columns), number(3), number(columns)
+    outputs = stream(tokens, width), h_post, h_res, number(tokens, columns), number(tokens, 1)
+    options = ("mhc", 20, 1e-6)
+    return {
+        "post": triton_post.post_launch(X, y, h_post, h_res, X),
+        "post_backward": triton_post.post_backward_launch(X, X, y, h_post, h_res, X, y, h_post, h_res),
+        "pre": triton_boundary.forward_launch(X, None, X, *parameters, outputs, *options),
+        "boundary": triton_boundary.forward_launch(X, (y, h_post, h_res), X, *parameters, outputs, *options),
+    }
+
+
+def resources(launch: Launch, target: GPUTarget) -> Resources:
+    """What the compiled kernel needs. `tl.dot` in tf32 does not compile on every AMD chip: plain fp32 there."""
+    amd = target.backend == "hip"
+    constants = {**launch.constants, **({"PRECISION": "ieee"} if amd and "PRECISION" in launch.constants else {})}
+    signature, values, attributes = {}, {}, {}
+    for place, name in enumerate(launch.kernel.arg_names):
+        if name in constants:
+            signature[name], values[(place,)] = "constexpr", constants[name]
+            continue
+        argument = launch.arguments[name]
+        if isinstance(argument, Tensor):
+            signature[name] = f"*{DTYPES[argument.dtype]}"
+        else:
+            signature[name] = "fp32" if isinstance(argument, float) else "i32"
+        # As at a launch: allocations are aligned, and so are sizes that 16 divides.
+        if isinstance(argument, Tensor) or (isinstance(argument, int) and argument % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, values, attributes)
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    compiled = triton.compile(source, target=target, options=options)
+    shared = compiled.metadata.shared
+    if amd:
+        text = compiled.asm["amdgcn"]
+        counts = [int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")]
+        return Resources(*counts, shared, len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", text)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", compiled.asm["ptx"]))
+    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, wide)
+
+
+def rows(streams: tuple[int, ...]) -> Iterator[tuple[int, str, str, Resources]]:
+    for n in streams:
+        for kernel, launch in launches(n).items():
+            for target in TARGETS:
+                yield n, kernel, target, resources(launch, TARGETS[target])
+
+
+if __name__ == "__main__":
+    table = Table("n", "kernel", "target", "registers", "spills", "shared memory", "16-byte accesses")
+    for n, kernel, target, used in rows((4, 8)):
+        table.add_row(str(n), kernel, target, *map(str, used))
+    Console(width=100).print(table)

@@ -9,11 +9,11 @@ from typing import Any
 
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.kernels.kinds import MAX_STREAMS
 
 VERSION = 1
 INITS = ("preserve", "paper")
 COLLAPSES = ("mean", "sum")
-MAX_STREAMS = 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 
+MAX_STREAMS = 16  # what the kernels are written for
+
+
 @dataclass(frozen=True)
 class Kind:
     """How raw coefficients become H_pre, H_post and H_res. Kernels take the fields as compile-time constants.

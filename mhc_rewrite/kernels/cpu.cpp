@@ -26,7 +26,8 @@
 namespace {
 
 constexpr int LANES = 8;
-constexpr int PANEL = 2 * LANES;  // elements of C that the gradient of the projection takes at once
+constexpr int VECTORS = 2;
+constexpr int PANEL = VECTORS * LANES;  // elements of C that the gradient of the projection takes at once
 constexpr int CHUNK = 128;        // elements of C that the projection takes at once
 constexpr int BLOCK = 16;         // tokens of a block of the backward; LANES are one of the forward
 constexpr int MOST = 16;          // streams
@@ -388,12 +389,13 @@ struct Octet {
 
 // -- the three products with phi --------------------------------------------------------------------------------------
 
+// Long sums are made of short ones, which keeps rounding errors from adding up.
+inline void add(float* p, V v) { store(p, load(p) + v); }
+
 // product (TOKENS, KP) += x (TOKENS, count) phi (count, KP), for 8 GROUPS columns.
 template <int TOKENS, int GROUPS>
 void project_columns(const float* x, const float* phi, int64_t KP, int64_t count, float* product, Ahead& ahead) {
-  V acc[TOKENS][GROUPS];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int g = 0; g < GROUPS; ++g) acc[t][g] = load(product + t * KP + g * LANES);
+  V acc[TOKENS][GROUPS] = {};
   for (int64_t c = 0; c < count; ++c) {
     V w[GROUPS];
     for (int g = 0; g < GROUPS; ++g) w[g] = load(phi + c * KP + g * LANES);
@@ -404,7 +406,7 @@ void project_columns(const float* x, const float* phi, int64_t KP, int64_t count
     ahead.next();
   }
   for (int t = 0; t < TOKENS; ++t)
-    for (int g = 0; g < GROUPS; ++g) store(product + t * KP + g * LANES, acc[t][g]);
+    for (int g = 0; g < GROUPS; ++g) add(product + t * KP + g * LANES, acc[t][g]);
 }
 
 // Rows of x lie CHUNK apart.
@@ -420,36 +422,34 @@ void project(const float* x, const float* phi, int64_t KP, int64_t count, float*
 // out (TOKENS, PANEL) = g (TOKENS, KP) panel (K, PANEL).
 template <int TOKENS>
 void project_back(const float* g, int64_t KP, const float* panel, int64_t K, float* out) {
-  V acc[TOKENS][2] = {};
+  V acc[TOKENS][VECTORS] = {};
   for (int64_t k = 0; k < K; ++k) {
-    const V w0 = load(panel + k * PANEL), w1 = load(panel + k * PANEL + LANES);
+    V w[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + k * PANEL + v * LANES);
     for (int t = 0; t < TOKENS; ++t) {
       const V value = all(g[t * KP + k]);
-      acc[t][0] += value * w0;
-      acc[t][1] += value * w1;
+      for (int v = 0; v < VECTORS; ++v) acc[t][v] += value * w[v];
     }
   }
   for (int t = 0; t < TOKENS; ++t)
-    store(out + t * PANEL, acc[t][0]), store(out + t * PANEL + LANES, acc[t][1]);
+    for (int v = 0; v < VECTORS; ++v) store(out + t * PANEL + v * LANES, acc[t][v]);
 }
 
 // panel (KP, PANEL) += g^T (KP, tokens) x (tokens, PANEL).
 void outer(const float* g, int64_t KP, const float* x, int64_t tokens, float* panel, Ahead& ahead) {
   for (int64_t k = 0; k < KP; k += LANES) {
-    V acc[LANES][2];
-    for (int q = 0; q < LANES; ++q)
-      acc[q][0] = load(panel + (k + q) * PANEL), acc[q][1] = load(panel + (k + q) * PANEL + LANES);
+    V acc[LANES][VECTORS] = {};
     for (int64_t t = 0; t < tokens; ++t) {
-      const V x0 = load(x + t * PANEL), x1 = load(x + t * PANEL + LANES);
+      V row[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) row[v] = load(x + t * PANEL + v * LANES);
       for (int q = 0; q < LANES; ++q) {
         const V value = all(g[t * KP + k + q]);
-        acc[q][0] += value * x0;
-        acc[q][1] += value * x1;
+        for (int v = 0; v < VECTORS; ++v) acc[q][v] += value * row[v];
       }
       ahead.next();
     }
     for (int q = 0; q < LANES; ++q)
-      store(panel + (k + q) * PANEL, acc[q][0]), store(panel + (k + q) * PANEL + LANES, acc[q][1]);
+      for (int v = 0; v < VECTORS; ++v) add(panel + (k + q) * PANEL + v * LANES, acc[q][v]);
   }
 }
 

@@ -77,9 +77,7 @@ def _built() -> Path:
         print("mhc_rewrite: building the CPU kernels, once (about 20 seconds) ...", file=sys.stderr)
         # In a folder of its own, then moved: two processes that build at once do not wait for one another's locks.
         with tempfile.TemporaryDirectory(dir=folder) as build, _ninja_beside_python():
-            cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=flags, build_directory=build, is_python_module=False
-            )
+            cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, build_directory=build, is_python_module=False)
             os.replace(Path(build) / f"{name}.so", library)
     return library
 

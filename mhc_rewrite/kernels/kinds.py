@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-
 MAX_STREAMS = 16  # what the kernels are written for
 
 

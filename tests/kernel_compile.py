@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -20,7 +21,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhc_rewrite.kernels import triton_boundary, triton_post
+from mhc_rewrite.kernels import triton_boundary, triton_boundary_backward, triton_post
+from mhc_rewrite.kernels.kinds import KINDS
 from mhc_rewrite.kernels.triton_configs import Launch
 
 TARGETS = {
@@ -30,7 +32,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -44,9 +46,11 @@ class Resources(NamedTuple):
     """Accesses of 16 bytes in the code."""
 
 
-def launches(n: int, width: int = 768, tokens: int = 4096, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
-    """Every kernel's launch at this size."""
-    columns = n * n + 2 * n
+def launches(
+    n: int, target: str, width: int = 768, tokens: int = 4096, dtype: torch.dtype = torch.bfloat16, kind: str = "mhc"
+) -> dict[str, Launch]:
+    """Every kernel's launch at this size, as it would be made on the target; those of few tokens at 16 of them."""
+    columns, norms = n * n + 2 * n, 1 if KINDS[kind].constrained else n
 
     def stream(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -54,28 +58,56 @@ def launches(n: int, width: int = 768, tokens: int = 4096, dtype: torch.dtype = 
     def number(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
+    def boundaries(tokens: int) -> dict[str, list[Launch]]:
+        X, mix = stream(tokens, n, width), (stream(tokens, width), number(tokens, n), number(tokens, n, n))
+        y, *h = mix
+        parameters, kept = (number(n * width, columns), number(3), number(columns)), (number(tokens, columns),)
+        kept += (number(tokens, norms),)
+        forward = (*parameters, (y, *h, *kept), kind, 20, 1e-6)
+        backward = (*parameters, *kept)
+        gradients = (y, *h)
+        return {
+            "pre": triton_boundary.forward_launches(X, None, X, *forward),
+            "boundary": triton_boundary.forward_launches(X, mix, X, *forward),
+            "pre_backward": triton_boundary_backward.backward_launches(
+                None, gradients, X, None, *backward, (X,), parameters, kind, 20, False
+            ),
+            "boundary_backward": triton_boundary_backward.backward_launches(
+                X, gradients, X, mix, *backward, (X, *mix), parameters, kind, 20, False
+            ),
+        }
+
     X, y, h_post, h_res = stream(tokens, n, width), stream(tokens, width), number(tokens, n), number(tokens, n, n)
-    parameters = number(n * width, columns), number(3), number(columns)
-    outputs = stream(tokens, width), h_post, h_res, number(tokens, columns), number(tokens, 1)
-    options = ("mhc", 20, 1e-6)
-    return {
-        "post": triton_post.post_launch(X, y, h_post, h_res, X),
-        "post_backward": triton_post.post_backward_launch(X, X, y, h_post, h_res, X, y, h_post, h_res),
-        "pre": triton_boundary.forward_launch(X, None, X, *parameters, outputs, *options),
-        "boundary": triton_boundary.forward_launch(X, (y, h_post, h_res), X, *parameters, outputs, *options),
-    }
+    with mock.patch.object(torch.version, "hip", "7" if TARGETS[target].backend == "hip" else None):
+        many = boundaries(tokens)
+        few = boundaries(min(tokens, 16))
+        return {
+            "post": triton_post.post_launch(X, y, h_post, h_res, X),
+            "post_backward": triton_post.post_backward_launch(X, X, y, h_post, h_res, X, y, h_post, h_res),
+            "pre": many["pre"][0],
+            "boundary": many["boundary"][0],
+            "pre, state": many["pre_backward"][0],
+            "pre, parameters": many["pre_backward"][1],
+            "boundary, state": many["boundary_backward"][0],
+            "boundary, parameters": many["boundary_backward"][1],
+            "pre, few tokens": few["pre"][0],
+            "boundary, few tokens": few["boundary"][0],
+            "few tokens, finish": few["pre"][-1],
+        }
 
 
 def resources(launch: Launch, target: GPUTarget) -> Resources:
-    """What the compiled kernel needs. `tl.dot` in tf32 does not compile on every AMD chip: plain fp32 there."""
-    amd = target.backend == "hip"
-    constants = {**launch.constants, **({"PRECISION": "ieee"} if amd and "PRECISION" in launch.constants else {})}
+    """What the compiled kernel needs."""
+    amd, constants = target.backend == "hip", launch.constants
     signature, values, attributes = {}, {}, {}
     for place, name in enumerate(launch.kernel.arg_names):
         if name in constants:
             signature[name], values[(place,)] = "constexpr", constants[name]
             continue
         argument = launch.arguments[name]
+        if isinstance(argument, int) and argument == 1:  # a constant, as at a launch
+            signature[name], values[(place,)] = "constexpr", 1
+            continue
         if isinstance(argument, Tensor):
             signature[name] = f"*{DTYPES[argument.dtype]}"
         else:
@@ -96,15 +128,18 @@ def resources(launch: Launch, target: GPUTarget) -> Resources:
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", compiled.asm["ptx"]))
+    wide = len(
+        re.findall(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.c.\S+ \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"])
+    )
     return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, wide)
 
 
-def rows(streams: tuple[int, ...]) -> Iterator[tuple[int, str, str, Resources]]:
+def rows(streams: tuple[int, ...], targets: Iterable[str] = TARGETS) -> Iterator[tuple[int, str, str, Resources]]:
     for n in streams:
-        for kernel, launch in launches(n).items():
-            for target in TARGETS:
-                yield n, kernel, target, resources(launch, TARGETS[target])
+        made = {target: launches(n, target) for target in targets}
+        for kernel in made[next(iter(made))]:
+            for target in targets:
+                yield n, kernel, target, resources(made[target][kernel], TARGETS[target])
 
 
 if __name__ == "__main__":

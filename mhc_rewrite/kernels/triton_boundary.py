@@ -1,15 +1,22 @@
-"""`pre` and `boundary` in Triton, forward. The gradients are not there yet.
+"""`pre` and `boundary` in Triton, forward.
 
 MIX tells them apart. Without it the state X' that is projected is the X given; with it, X' is made from X, y, H_post
 and H_res of the site before, rounded to its dtype and stored. Either way a program owns a block of tokens and sweeps
 over C twice: first the projection and the sum of squares, then, with the coefficients known, u; the second sweep finds
 its block in the cache.
 
+Few tokens (decoding) would leave most of a GPU idle. Then every program sweeps over a part of C only and writes its
+share of the projection and of the sum of squares, K + N numbers a token; a second launch, cut the same way, adds the
+shares of all parts in their order and makes its part of u. The first of its programs also writes the coefficients.
+
+Tokens count from the first of a program's block: what lies within a block is addressed in int32, which saves registers.
 A state of S streams meets phi (S * C, K), K = N^2 + 2N. S is N, or 1 where all streams are equal and phi's rows were
 summed. X has M streams.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,25 +26,84 @@ from torch import Tensor
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import pre_of, store_coefficients
 from mhc_rewrite.kernels.triton_configs import Launch, choose, power_of_two, precision
+from mhc_rewrite.kernels.triton_streams import load_streams, mixed, pre_weight
 
 
 @triton.jit
-def _load_streams(X, t, c, mask, C, COUNT: tl.constexpr):
-    """The tiles of all streams, fp32."""
-    tiles = ()
-    for j in tl.static_range(COUNT):
-        rows = X + (t * COUNT + j)[:, None] * C + c[None, :]
-        tiles = tiles + (tl.load(rows, mask=mask, other=0.0).to(tl.float32),)
-    return tiles
+def _project(
+    X, y, h_post_in, h_res_in, state, phi, t, real, first, last, C,
+    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x @ phi (tokens, KP) and the sum of squares of every stream (tokens, NP), over the elements first to last of C.
+
+    With MIX the state is made, and stored, on the way.
+    """
+    K: tl.constexpr = N * N + 2 * N
+    k = tl.arange(0, KP)
+    stream = tl.arange(0, NP)[None, :]
+    product = tl.zeros((TOKENS, KP), tl.float32)
+    squares = tl.zeros((TOKENS, NP), tl.float32)
+    for start in range(first, last, WIDTH):
+        c = start + tl.arange(0, WIDTH)
+        mask = real[:, None] & (c < last)[None, :]
+        if MIX:
+            branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            tiles = load_streams(X, t, c, mask, C, M)
+        for i in range(S):
+            rows = (t * S * C)[:, None] + c[None, :] + i * C
+            if MIX:
+                x = mixed(tiles, branch, X, y, h_post_in, h_res_in, t, real, i, M, N)
+                tl.store(state + rows, x.to(state.dtype.element_ty), mask=mask)
+            else:
+                x = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
+            weights = phi + tl.cast(i * C, tl.int64) * K
+            w = tl.load(weights + c[:, None] * K + k[None, :], mask=(c < last)[:, None] & (k < K)[None, :], other=0.0)
+            product = tl.dot(x, w, product, input_precision=PRECISION)
+            squares += tl.where(stream == i, tl.sum(x * x, axis=1)[:, None], 0.0)
+    return product, squares
 
 
 @triton.jit
-def _mixed(tiles, branch, h_post, h_res, t, real, i, M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
-    """X'[i], rounded as it is stored, in fp32."""
-    out = tl.load(h_post + t * N + i, mask=real, other=0.0)[:, None] * branch
-    for j in tl.static_range(M):
-        out += tl.load(h_res + (t * N + i) * M + j, mask=real, other=0.0)[:, None] * tiles[j]
-    return out.to(dtype).to(tl.float32)
+def _normalised(
+    product, squares, C, eps_norm,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, CONSTRAINED: tl.constexpr,
+):  # fmt: skip
+    """raw (tokens, KP) and the norm, (tokens, 1), or (tokens, NP) where it is taken per stream."""
+    if CONSTRAINED:
+        norm = tl.sqrt(tl.sum(squares, axis=1) / (S * C) + eps_norm)[:, None]
+        raw = product / norm
+    else:
+        stream = tl.arange(0, NP)[None, :]
+        if S == 1:
+            squares = tl.sum(squares, axis=1)[:, None] + tl.zeros_like(squares)
+        norm = tl.sqrt(squares / C + eps_norm)
+        divisor = tl.zeros_like(product)
+        for j in tl.static_range(N):  # columns pre[j], post[j] and res[i, j] by the norm of stream j
+            own = tl.sum(tl.where(stream == j, norm, 0.0), axis=1)[:, None]
+            divisor = tl.where((tl.arange(0, KP) % N)[None, :] == j, own, divisor)
+        raw = product / divisor
+    return raw, norm
+
+
+@triton.jit
+def _finish(
+    columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations,
+    N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, CONSTRAINED: tl.constexpr, EPS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Stores raw, the norm, H_post and H_res."""
+    K: tl.constexpr = N * N + 2 * N
+    k = tl.arange(0, KP)
+    stream = tl.arange(0, NP)[None, :]
+    if CONSTRAINED:
+        tl.store(r + t[:, None], norm, mask=real[:, None])
+    else:
+        tl.store(r + t[:, None] * N + stream, norm, mask=real[:, None] & (stream < N))
+    tl.store(raw + t[:, None] * K + k[None, :], columns, mask=real[:, None] & (k < K)[None, :])
+    # Register tiles cannot be cut into columns: what follows reads them from the cache, in the shapes it needs.
+    tl.debug_barrier()
+    store_coefficients(raw, alpha, bias, h_post, h_res, t, real, iterations, N, NP, CONSTRAINED, EPS, TRANSPOSED)
 
 
 @triton.jit
@@ -47,52 +113,34 @@ def _forward_kernel(
     CONSTRAINED: tl.constexpr, EPS: tl.constexpr, TRANSPOSED: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    real = t < T
-    k = tl.arange(0, KP)
-    stream = tl.arange(0, NP)[None, :]
-    product = tl.zeros((TOKENS, KP), tl.float32)
-    squares = tl.zeros((TOKENS, NP), tl.float32)
-    for start in range(0, C, WIDTH):
-        c = start + tl.arange(0, WIDTH)
-        mask = real[:, None] & (c < C)[None, :]
-        if MIX:
-            branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            tiles = _load_streams(X, t, c, mask, C, M)
-        for i in range(S):
-            rows = (t * S + i)[:, None] * C + c[None, :]
-            if MIX:
-                x = _mixed(tiles, branch, h_post_in, h_res_in, t, real, i, M, N, state.dtype.element_ty)
-                tl.store(state + rows, x.to(state.dtype.element_ty), mask=mask)
-            else:
-                x = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
-            weights = phi + (i * C + c).to(tl.int64)[:, None] * K + k[None, :]
-            w = tl.load(weights, mask=(c < C)[:, None] & (k < K)[None, :], other=0.0)
-            product = tl.dot(x, w, product, input_precision=PRECISION)
-            squares += tl.where(stream == i, tl.sum(x * x, axis=1)[:, None], 0.0)
-    if CONSTRAINED:
-        norm = tl.sqrt(tl.sum(squares, axis=1) / (S * C) + eps_norm)
-        tl.store(r + t, norm, mask=real)
-        columns = product / norm[:, None]
-    else:
-        if S == 1:
-            squares = tl.sum(squares, axis=1)[:, None] + tl.zeros_like(squares)
-        norms = tl.sqrt(squares / C + eps_norm)
-        tl.store(r + t[:, None] * N + stream, norms, mask=real[:, None] & (stream < N))
-        tl.debug_barrier()
-        columns = product / tl.load(r + t[:, None] * N + (k % N)[None, :], mask=real[:, None], other=1.0)
-    tl.store(raw + t[:, None] * K + k[None, :], columns, mask=real[:, None] & (k < K)[None, :])
-    # Register tiles cannot be cut into columns: what follows reads them from the cache, in the shapes it needs.
-    tl.debug_barrier()
-    store_coefficients(raw, alpha, bias, h_post, h_res, t, real, iterations, N, NP, CONSTRAINED, EPS, TRANSPOSED)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    t = tl.arange(0, TOKENS)
+    real = t < T - first
+    X += first * M * C
+    u += first * C
+    h_post += first * N
+    h_res += first * N * N
+    raw += first * (N * N + 2 * N)
+    r += first * (1 if CONSTRAINED else N)
+    if MIX:
+        y += first * C
+        h_post_in += first * N
+        h_res_in += first * N * M
+        state += first * S * C
+    product, squares = _project(
+        X, y, h_post_in, h_res_in, state, phi, t, real, 0, C, C, MIX, M, S, N, NP, KP, TOKENS, WIDTH, PRECISION
+    )
+    columns, norm = _normalised(product, squares, C, eps_norm, S, N, NP, KP, CONSTRAINED)
+    _finish(
+        columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations, N, NP, KP, CONSTRAINED, EPS, TRANSPOSED
+    )
     for start in range(0, C, WIDTH):
         c = start + tl.arange(0, WIDTH)
         mask = real[:, None] & (c < C)[None, :]
         total = tl.zeros((TOKENS, WIDTH), tl.float32)
         for i in tl.static_range(S):
-            weight = _pre_weight(raw, alpha, bias, t, real, i, S, N, CONSTRAINED, EPS)
-            rows = (t * S + i)[:, None] * C + c[None, :]
+            weight = pre_weight(raw, alpha, bias, t, real, i, S, N, CONSTRAINED, EPS)
+            rows = (t * S * C)[:, None] + c[None, :] + i * C
             if MIX:
                 x = tl.load(state + rows, mask=mask, other=0.0).to(tl.float32)
             else:
@@ -102,16 +150,61 @@ def _forward_kernel(
 
 
 @triton.jit
-def _pre_weight(
-    raw, alpha, bias, t, real, i, S: tl.constexpr, N: tl.constexpr, CONSTRAINED: tl.constexpr, EPS: tl.constexpr
-):
-    """What u takes of stream i: H_pre[i], or the sum of H_pre where one stream stands for all."""
+def _project_part_kernel(
+    X, y, h_post_in, h_res_in, state, phi, products, squares, T, C, PART,
+    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     K: tl.constexpr = N * N + 2 * N
-    weight = pre_of(tl.load(raw + t * K + i, mask=real, other=0.0), alpha, bias, i, CONSTRAINED, EPS)
-    if S < N:
-        for j in tl.static_range(1, N):
-            weight += pre_of(tl.load(raw + t * K + j, mask=real, other=0.0), alpha, bias, j, CONSTRAINED, EPS)
-    return weight
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    real = t < T
+    start = tl.program_id(1) * PART
+    product, square = _project(
+        X, y, h_post_in, h_res_in, state, phi, t, real, start, tl.minimum(start + PART, C), C,
+        MIX, M, S, N, NP, KP, TOKENS, WIDTH, PRECISION,
+    )  # fmt: skip
+    k = tl.arange(0, KP)
+    stream = tl.arange(0, NP)[None, :]
+    rows = (t * tl.num_programs(1) + tl.program_id(1))[:, None]
+    tl.store(products + rows * K + k[None, :], product, mask=real[:, None] & (k < K)[None, :])
+    tl.store(squares + rows * N + stream, square, mask=real[:, None] & (stream < N))
+
+
+@triton.jit
+def _finish_part_kernel(
+    state, products, squares, alpha, bias, u, h_post, h_res, raw, r, T, C, PART, PARTS, iterations, eps_norm,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    CONSTRAINED: tl.constexpr, EPS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = N * N + 2 * N
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    real = t < T
+    k = tl.arange(0, KP)
+    stream = tl.arange(0, NP)[None, :]
+    product = tl.zeros((TOKENS, KP), tl.float32)
+    square = tl.zeros((TOKENS, NP), tl.float32)
+    for part in range(PARTS):
+        rows = (t * PARTS + part)[:, None]
+        product += tl.load(products + rows * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
+        square += tl.load(squares + rows * N + stream, mask=real[:, None] & (stream < N), other=0.0)
+    columns, norm = _normalised(product, square, C, eps_norm, S, N, NP, KP, CONSTRAINED)
+    first = tl.program_id(1) * PART
+    for start in range(first, tl.minimum(first + PART, C), WIDTH):
+        c = start + tl.arange(0, WIDTH)
+        mask = real[:, None] & (c < C)[None, :]
+        total = tl.zeros((TOKENS, WIDTH), tl.float32)
+        for i in tl.static_range(N):
+            column = tl.sum(tl.where((k == i)[None, :], columns, 0.0), axis=1)
+            rows = (t * S * C)[:, None] + c[None, :] + i % S * C
+            x = tl.load(state + rows, mask=mask, other=0.0).to(tl.float32)
+            total += pre_of(column, alpha, bias, i, CONSTRAINED, EPS)[:, None] * x
+        tl.store(u + t[:, None] * C + c[None, :], total.to(u.dtype.element_ty), mask=mask)
+    if tl.program_id(1) == 0:
+        _finish(
+            columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations,
+            N, NP, KP, CONSTRAINED, EPS, TRANSPOSED,
+        )  # fmt: skip
 
 
 def pre(
@@ -119,7 +212,8 @@ def pre(
 ) -> tuple[Tensor, ...]:
     """u (T, C), H_post (T, n), H_res (T, n, n), raw (T, n^2 + 2n) and r (T, 1), or (T, n) for a norm per stream."""
     outputs = _outputs(X, phi, kind)
-    forward_launch(X, None, X, phi, alpha, bias, outputs, kind, iterations, eps).run()
+    for launch in forward_launches(X, None, X, phi, alpha, bias, outputs, kind, iterations, eps):
+        launch.run()
     return outputs
 
 
@@ -131,7 +225,8 @@ def boundary(
     tokens, _, width = X.shape
     state = X.new_empty((tokens, h_res.shape[1], width), dtype=torch.promote_types(X.dtype, y.dtype))
     outputs = _outputs(state, phi, kind)
-    forward_launch(X, (y, h_post, h_res), state, phi, alpha, bias, outputs, kind, iterations, eps).run()
+    for launch in forward_launches(X, (y, h_post, h_res), state, phi, alpha, bias, outputs, kind, iterations, eps):
+        launch.run()
     return state, *outputs
 
 
@@ -142,26 +237,39 @@ def _outputs(state: Tensor, phi: Tensor, kind: str) -> tuple[Tensor, ...]:
     return state.new_empty((tokens, width)), *(phi.new_empty(size) for size in sizes)
 
 
-def _constants(X: Tensor, mixed: bool, state: Tensor, phi: Tensor, kind: str) -> dict[str, object]:
-    n, rules = streams_of(phi.shape[1]), KINDS[kind]
-    return {
-        "MIX": mixed, "M": X.shape[1], "S": state.shape[1], "N": n, "NP": power_of_two(n),
-        "KP": max(16, power_of_two(phi.shape[1])), "CONSTRAINED": rules.constrained, "PRECISION": precision(),
-    }  # fmt: skip
-
-
-def forward_launch(
+def forward_launches(
     X: Tensor, mix: tuple[Tensor, Tensor, Tensor] | None, state: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
     outputs: tuple[Tensor, ...], kind: str, iterations: int, eps: float,
-) -> Launch:  # fmt: skip
-    """`mix`: y, H_post and H_res of the site before, or None for `pre`."""
-    (tokens, _, width), rules = X.shape, KINDS[kind]
-    config = choose("forward", streams_of(phi.shape[1]), width)
-    names = ("X", "y", "h_post_in", "h_res_in", "state", "phi", "alpha", "bias", "u", "h_post", "h_res", "raw", "r")
-    tensors = (X, *(mix or (X, X, X)), state, phi, alpha, bias, *outputs)  # without a mix X stands in, unread
-    sizes = {"T": tokens, "C": width, "iterations": iterations, "eps_norm": eps}
-    flags = {"EPS": rules.eps, "TRANSPOSED": rules.transposed, "TOKENS": config.tokens, "WIDTH": config.width}
-    return Launch(
-        _forward_kernel, (triton.cdiv(tokens, config.tokens),), {**dict(zip(names, tensors)), **sizes},
-        {**_constants(X, mix is not None, state, phi, kind), **flags}, config,
-    )  # fmt: skip
+) -> list[Launch]:  # fmt: skip
+    """One launch, or two for few tokens. `mix`: y, H_post and H_res of the site before, or None for `pre`."""
+    (tokens, _, width), n, rules = X.shape, streams_of(phi.shape[1]), KINDS[kind]
+    config = choose("forward", n, width, tokens)
+    blocks = triton.cdiv(tokens, config.tokens)
+    sizes = {"N": n, "NP": power_of_two(n), "KP": max(16, power_of_two(phi.shape[1])), "S": state.shape[1]}
+    sizes.update({"TOKENS": config.tokens, "WIDTH": config.width})
+    sweep = {**sizes, "MIX": mix is not None, "M": X.shape[1], "PRECISION": precision()}
+    flags = {"CONSTRAINED": rules.constrained, "EPS": rules.eps, "TRANSPOSED": rules.transposed}
+    y, h_post, h_res = mix or (X, X, X)  # without a mix X stands in, unread
+    given = {
+        "X": X,
+        "y": y,
+        "h_post_in": h_post,
+        "h_res_in": h_res,
+        "state": state,
+        "phi": phi,
+        "T": tokens,
+        "C": width,
+    }
+    made: dict[str, Any] = dict(zip(("u", "h_post", "h_res", "raw", "r"), outputs))
+    made.update({"alpha": alpha, "bias": bias, "iterations": iterations, "eps_norm": eps})
+    if config.parts == 1:
+        return [Launch(_forward_kernel, (blocks,), {**given, **made}, {**sweep, **flags}, config)]
+    part = config.width * triton.cdiv(triton.cdiv(width, config.width), config.parts)
+    parts = triton.cdiv(width, part)
+    shares = {"products": phi.new_empty((tokens, parts, phi.shape[1])), "squares": phi.new_empty((tokens, parts, n))}
+    shares["PART"] = part
+    finished = {"state": state, "T": tokens, "C": width, "PARTS": parts}
+    return [
+        Launch(_project_part_kernel, (blocks, parts), {**given, **shares}, sweep, config),
+        Launch(_finish_part_kernel, (blocks, parts), {**finished, **shares, **made}, {**sizes, **flags}, config),
+    ]

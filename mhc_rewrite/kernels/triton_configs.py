@@ -1,6 +1,6 @@
 """How the Triton kernels are cut into programs: named configurations, a fixed default for every size, and overrides.
 
-Nothing is tuned unless asked: the defaults follow from n and C alone.
+Nothing is tuned unless `tune` is called: the defaults follow from n, C and the number of tokens alone.
 None has been timed on a GPU.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ class Config:
         tokens: tokens of a block.
         width: elements of C of a block; a power of two.
         warps, stages: Triton's num_warps and num_stages.
+        parts: into how many parts at most the sum is cut that a block would otherwise do alone: C in `forward`, the
+            tokens in `parameters`.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Config:
     width: int
     warps: int
     stages: int = 2
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,29 +55,74 @@ class Launch:
 _overrides: dict[str, str] = {}
 
 
-def choose(kernel: str, n: int, width: int) -> Config:
+def choose(kernel: str, n: int, width: int, tokens: int) -> Config:
     """The configuration of a kernel for n streams of `width` elements."""
     name = _overrides.get(kernel, "default")
-    return next(config for config in configurations(kernel, n, width) if config.name == name)
+    return next(config for config in configurations(kernel, n, width, tokens) if config.name == name)
 
 
-def configurations(kernel: str, n: int, width: int) -> list[Config]:
-    """Everything that can be picked for a kernel; the first is the default.
+def configurations(kernel: str, n: int, width: int, tokens: int) -> list[Config]:
+    """Everything that can be picked for a kernel; the first is the default. The names do not depend on the sizes.
 
-    Args:
-        kernel: `post`, `post_backward` or `forward`.
+    Raises:
+        KeyError: there is no such kernel.
     """
-    whole = power_of_two(width)
-    if kernel in ("post", "post_backward"):
-        # One warp a token row of 256 elements: 16-byte accesses in bf16, coefficients the same for the warp. Beyond
-        # eight streams the tiles of all streams would not fit into registers at that width.
-        columns = min(whole, 256 if n <= 4 else 128 if n <= 8 else 64)
-        default = Config("default", max(1, 4 * 256 // columns // (1 if n <= 4 else 2)), columns, 4)
-        return [default, dataclasses.replace(default, name="wide", tokens=max(1, default.tokens // 2), warps=2)]
+    return _TABLE[kernel](n, power_of_two(width), tokens)
+
+
+def _post(n: int, width: int, tokens: int) -> list[Config]:
+    # Every thread takes 8 neighbouring elements of a row: 16-byte accesses in bf16. Coefficients are the same for a
+    # row; more streams leave registers for less of it.
+    warps, each = (4, 8) if n <= 4 else (2, 8) if n <= 8 else (4, 4)
+    columns = min(width, 256 if n <= 4 else 128 if n <= 8 else 64)
+    default = Config("default", max(1, each * warps * lanes() // columns), columns, warps)
+    fewer = dataclasses.replace(default, name="few_warps", tokens=max(1, default.tokens // 2), warps=warps // 2)
+    return [default, fewer]
+
+
+def _forward(n: int, width: int, tokens: int) -> list[Config]:
     # phi is read once a block of tokens. The tiles of eight streams leave registers for less than those of four.
     block = 32 if n <= 4 else 16
-    default = Config("default", block, min(max(whole, 16), block), 4)
+    whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
+    large = dataclasses.replace(whole, name="large", tokens=2 * block, warps=8)
+    # phi is most of the traffic then: up to 64 programs read it.
+    split = Config("split", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
+    few = tokens <= 64 and width >= 256
+    default = dataclasses.replace(split if few else whole, name="default")
+    return [default, large, whole, split]
+
+
+def _pre_backward(n: int, width: int, tokens: int) -> list[Config]:
+    block = 32 if n <= 4 else 16
+    default = Config("default", block, min(max(width, 16), 32), 4)
     return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
+
+
+def _boundary_backward(n: int, width: int, tokens: int) -> list[Config]:
+    # Everything follows tl.dot's layout: 16 tokens a warp, or, for fewer tokens than elements, 8 elements a warp. Other
+    # shapes would hold every element in several warps.
+    default = Config("default", 64 if n <= 4 else 16, 16 if n <= 4 else 32, 4, stages=1)
+    return [default, Config("few_tokens", 16, 32, 4, stages=1)]
+
+
+def _parameters(n: int, width: int, tokens: int) -> list[Config]:
+    # A block holds the gradients of phi's rows for all streams: `width` rows of each.
+    columns = min(width, 64 if n <= 2 else 32 if n <= 4 else 16)
+    # About 256 programs, and no more parts than that takes: each writes its sums to memory. A warp of 64 lanes is two.
+    warps = 4 if n <= 4 or lanes() == 64 else 8
+    default = Config("default", 32 if n <= 4 else 16, max(columns, 16 // power_of_two(n)), warps, parts=256)
+    return [default, dataclasses.replace(default, name="few_parts", parts=128)]
+
+
+_TABLE: dict[str, Callable[[int, int, int], list[Config]]] = {
+    "post": _post,
+    "post_backward": _post,
+    "forward": _forward,
+    "pre_backward": _pre_backward,
+    "boundary_backward": _boundary_backward,
+    "parameters": _parameters,
+}
+KERNELS = tuple(_TABLE)
 
 
 @contextlib.contextmanager
@@ -83,17 +132,50 @@ def using(kernel: str, name: str) -> Iterator[None]:
     Raises:
         KeyError: there is none of this name.
     """
-    names = {config.name for config in configurations(kernel, 4, 768)}
-    if name not in names:
-        raise KeyError(f"{kernel} has no configuration {name!r}; it has {', '.join(sorted(names))}.")
     before = _overrides.get(kernel)
-    _overrides[kernel] = name
+    _override(kernel, name)
     try:
         yield
     finally:
         _overrides.pop(kernel)
         if before is not None:
             _overrides[kernel] = before
+
+
+def tune(kernel: str, launches: Callable[[], list[Launch]]) -> str:
+    """Times every configuration of a kernel on the GPU at hand; from then on the process takes the fastest.
+
+    Args:
+        kernel: a kernel of the table.
+        launches: makes what is timed, at the sizes of interest, and asks `choose` on the way.
+
+    Returns:
+        The name of the fastest.
+    """
+    from triton.testing import do_bench
+
+    def run(made: list[Launch]) -> None:
+        for launch in made:
+            launch.run()
+
+    times = {}
+    for name in _names(kernel):
+        with using(kernel, name):
+            times[name] = do_bench(functools.partial(run, launches()))
+    fastest = min(times, key=times.__getitem__)
+    _override(kernel, fastest)
+    return fastest
+
+
+def _override(kernel: str, name: str) -> None:
+    names = _names(kernel)
+    if name not in names:
+        raise KeyError(f"{kernel} has no configuration {name!r}; it has {', '.join(sorted(names))}.")
+    _overrides[kernel] = name
+
+
+def _names(kernel: str) -> list[str]:
+    return [config.name for config in configurations(kernel, 4, 768, 4096)]
 
 
 def power_of_two(size: int) -> int:
@@ -105,3 +187,8 @@ def precision() -> str:
     """How `tl.dot` multiplies fp32: three tf32 products where tensor cores have them, plain fp32 on AMD, where tf32
     does not compile on every chip."""
     return "ieee" if torch.version.hip else "tf32x3"
+
+
+def lanes() -> int:
+    """Threads of a warp."""
+    return 64 if torch.version.hip else 32

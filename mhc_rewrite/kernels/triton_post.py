@@ -2,6 +2,7 @@
 
 Forward: every element of X and y is read once and every element of X' written once, (n + 1)C and nC a token.
 Backward: the gradients of all four operands in one launch, (2n + 1)C read and (n + 1)C written.
+Tokens count from the first of a program's block: what lies within a block is addressed in int32, which saves registers.
 H_res may be rectangular, (rows, columns): one column after an expansion, one row together with the collapse.
 """
 
@@ -20,21 +21,28 @@ def _post_forward_kernel(
     X, y, h_post, h_res, out, T, C,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    t = tl.arange(0, TOKENS)
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    real = t < T
+    real = t < T - first
+    X += first * COLUMNS * C
+    y += first * C
+    h_post += first * ROWS
+    h_res += first * ROWS * COLUMNS
+    out += first * ROWS * C
     mask = real[:, None] & (c < C)[None, :]
     branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     streams = ()
     for j in tl.static_range(COLUMNS):
-        rows = X + (t * COLUMNS + j)[:, None] * C
-        streams = streams + (tl.load(rows + c[None, :], mask=mask, other=0.0).to(tl.float32),)
+        rows = (t * COLUMNS * C)[:, None] + c[None, :] + j * C
+        streams = streams + (tl.load(X + rows, mask=mask, other=0.0).to(tl.float32),)
     for i in tl.static_range(ROWS):
         mixed = tl.load(h_post + t * ROWS + i, mask=real, other=0.0)[:, None] * branch
         for j in tl.static_range(COLUMNS):
             weight = tl.load(h_res + (t * ROWS + i) * COLUMNS + j, mask=real, other=0.0)
             mixed += weight[:, None] * streams[j]
-        tl.store(out + (t * ROWS + i)[:, None] * C + c[None, :], mixed.to(out.dtype.element_ty), mask=mask)
+        rows = (t * ROWS * C)[:, None] + c[None, :] + i * C
+        tl.store(out + rows, mixed.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -42,8 +50,18 @@ def _post_backward_kernel(
     g_out, X, y, h_post, h_res, g_X, g_y, g_post, g_res, T, C,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    real = t < T
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    t = tl.arange(0, TOKENS)
+    real = t < T - first
+    g_out += first * ROWS * C
+    X += first * COLUMNS * C
+    g_X += first * COLUMNS * C
+    y += first * C
+    g_y += first * C
+    h_post += first * ROWS
+    g_post += first * ROWS
+    h_res += first * ROWS * COLUMNS
+    g_res += first * ROWS * COLUMNS
     post_sums = ()
     res_sums = ()
     for _i in tl.static_range(ROWS):
@@ -58,8 +76,8 @@ def _post_backward_kernel(
         gradients = ()
         new_post = ()
         for i in tl.static_range(ROWS):
-            rows = g_out + (t * ROWS + i)[:, None] * C
-            gradient = tl.load(rows + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            rows = (t * ROWS * C)[:, None] + c[None, :] + i * C
+            gradient = tl.load(g_out + rows, mask=mask, other=0.0).to(tl.float32)
             to_branch += tl.load(h_post + t * ROWS + i, mask=real, other=0.0)[:, None] * gradient
             new_post = new_post + (post_sums[i] + tl.sum(gradient * branch, axis=1),)
             gradients = gradients + (gradient,)
@@ -67,7 +85,7 @@ def _post_backward_kernel(
         tl.store(g_y + t[:, None] * C + c[None, :], to_branch.to(g_y.dtype.element_ty), mask=mask)
         new_res = ()
         for j in tl.static_range(COLUMNS):
-            rows = (t * COLUMNS + j)[:, None] * C + c[None, :]
+            rows = (t * COLUMNS * C)[:, None] + c[None, :] + j * C
             stream = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
             to_stream = tl.zeros((TOKENS, WIDTH), tl.float32)
             for i in tl.static_range(ROWS):
@@ -101,7 +119,7 @@ def post_backward(
 
 def post_launch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, out: Tensor) -> Launch:
     (tokens, columns, width), rows = X.shape, h_res.shape[1]
-    config = choose("post", max(rows, columns), width)
+    config = choose("post", max(rows, columns), width, tokens)
     return Launch(
         _post_forward_kernel,
         (triton.cdiv(tokens, config.tokens), triton.cdiv(width, config.width)),
@@ -116,7 +134,7 @@ def post_backward_launch(
     g_X: Tensor, g_y: Tensor, g_post: Tensor, g_res: Tensor,
 ) -> Launch:  # fmt: skip
     (tokens, columns, width), rows = X.shape, h_res.shape[1]
-    config = choose("post_backward", max(rows, columns), width)
+    config = choose("post_backward", max(rows, columns), width, tokens)
     tensors = {"g_out": g_out, "X": X, "y": y, "h_post": h_post, "h_res": h_res}
     gradients = {"g_X": g_X, "g_y": g_y, "g_post": g_post, "g_res": g_res}
     return Launch(

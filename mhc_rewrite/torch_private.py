@@ -45,16 +45,20 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
             setattr(child, name, hooks)
 
 
-def decompose_in_compiled_graphs(operator: torch.library.CustomOpDef, body: Callable[..., Any]) -> None:
-    """Makes AOTAutograd trace through `body` instead of recording the operator.
+def decompose_in_compiled_graphs(
+    operator: torch.library.CustomOpDef, body: Callable[..., Any], *, unless: Callable[..., bool]
+) -> None:
+    """Makes AOTAutograd trace through `body` instead of recording the operator, unless `unless` of its arguments.
 
     Graphs that Dynamo hands to a backend still hold the operator, so that passes can name it. `torch.library` lets an
     operator have a rule for a dispatch mode, but the mode that AOTAutograd runs under is not public. Should it go,
-    compiled graphs keep the operators whole: right, and slower.
+    compiled graphs keep the operators whole: right, and slower where no kernel runs them.
     """
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
     def rule(mode: Any, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if unless(*args):
+            return mode.__torch_dispatch__(function, types, args, kwargs)
         with mode:
             return body(*args, **kwargs)
 

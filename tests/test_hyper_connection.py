@@ -272,6 +272,12 @@ def test_device_and_dtype_at_once() -> None:
     assert all(p.is_meta and p.dtype == F32 for p in site.parameters())
 
 
+def rounded_once(narrow: Tensor, wide: Tensor) -> bool:
+    """By half a unit in the last place and no more than a sum of fp32 numbers of size 1 is known to."""
+    unit = torch.finfo(narrow.dtype).eps * 2.0 ** wide.abs().double().log2().floor()
+    return bool(((narrow.double() - wide.double()).abs() <= 0.5 * unit + 2e-7).all())
+
+
 @pytest.mark.parametrize("connection", CONNECTIONS)
 @pytest.mark.parametrize(
     "streams,branch,parameters,arithmetic,new",
@@ -302,8 +308,8 @@ def test_dtypes(
     assert got.dtype == new == torch.result_type(X, y)
     # Rounded once, at the end.
     wide_u, wide_mix = site.pre(X.to(arithmetic))
-    assert torch.equal(u, wide_u.to(streams)) and torch.equal(mix.res, wide_mix.res)
-    assert torch.equal(got, site.post(X.to(arithmetic), y.to(arithmetic), mix).to(new))
+    assert rounded_once(u, wide_u) and torch.equal(mix.res, wide_mix.res)
+    assert rounded_once(got, site.post(X.to(arithmetic), y.to(arithmetic), mix))
 
 
 @pytest.mark.parametrize("trunk", [F32, BF16])

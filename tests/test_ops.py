@@ -3,7 +3,11 @@ should be."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
-from mhc_rewrite.kernels import ops, reference
+from mhc_rewrite.kernels import cpu, ops, reference
 from mhc_rewrite.kernels.kinds import KINDS
 
 WIDTH = 6
@@ -41,6 +45,12 @@ def operands(
         "bias": gaussian(columns, seed=6, dtype=wide),
     }
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(cpu, "available", lambda: False)
 
 
 STATE, BRANCH = ("X", "phi", "alpha", "bias"), ("X", "y", "h_post", "h_res")
@@ -129,6 +139,7 @@ def test_gradcheck(name: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("no_kernels")  # which have tests of their own
 @pytest.mark.parametrize("name", ["pre", "boundary"])
 @pytest.mark.parametrize("dtype,close", [(F32, 1e-5), (BF16, 2e-2)])
 def test_other_dtypes(name: str, dtype: torch.dtype, close: float) -> None:
@@ -202,9 +213,9 @@ def test_a_site_is_finite_whatever_its_logits(name: str) -> None:
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype, given: int) -> None:
-    operator, _, wanted, _ = OPERATORS[name]
+    operator, wanted = getattr(ops, f"{name}_operator"), OPERATORS[name][2]
     leaves = operands(given=given, dtype=dtype, wide=F64 if dtype == F64 else F32)
-    options = OPTIONS if "phi" in wanted else ()
+    options = (*OPTIONS, "") if "phi" in wanted else ("",)
     # In bf16 a compiled graph and the eager kernel round differently at the last place.
     close = {"rtol": 0.05, "atol": 0.05} if dtype == BF16 else {}
     torch.library.opcheck(operator, (*(leaves[leaf] for leaf in wanted), *options), **close)
@@ -305,6 +316,7 @@ def ours(targets: list[str]) -> set[str]:
     return {target.split(".")[1] for target in targets if target.startswith("mhc_rewrite")}
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_compiled_graphs_hold_aten() -> None:
     """Passes find the operators by name; what Inductor gets is aten but for Sinkhorn-Knopp."""
     leaves = operands((6,), dtype=F32)
@@ -313,13 +325,68 @@ def test_compiled_graphs_hold_aten() -> None:
     assert ours(left) == {"sinkhorn", "sinkhorn_backward"}
 
 
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler or ninja on this machine")
+def test_compiled_graphs_hold_what_a_kernel_runs() -> None:
+    """Whole operators in fp32, which the CPU kernels take, and aten in fp64, which they don't."""
+    for dtype, want in (
+        (F32, {"pre", "post", "pre_backward", "post_backward"}),
+        (F64, {"sinkhorn", "sinkhorn_backward"}),
+    ):
+        leaves = operands((6,), dtype=dtype)
+        _, left = graphs_of(two_sites, *(leaves[leaf] for leaf in ("X", "y", "phi", "alpha", "bias")))
+        assert ours(left) == want
+
+
+def compiled_and_eager(dtype: torch.dtype, backend: str, close: float) -> None:
+    torch._dynamo.reset()
+    leaves = [operands((6,), dtype=dtype)[leaf] for leaf in ("X", "y", "phi", "alpha", "bias")]
+    want = two_sites(*leaves)
+    got = torch.compile(two_sites, backend=backend, fullgraph=True)(*leaves)
+    weight = gaussian(*want.shape, seed=20, dtype=dtype)
+    assert relative(got, want) < close
+    for mine, other in zip(torch.autograd.grad(got, leaves, weight), torch.autograd.grad(want, leaves, weight)):
+        assert relative(mine, other) < close
+
+
 def test_compiled_equals_eager() -> None:
     """By AOTAutograd's graphs, in which the operators are decomposed."""
-    torch._dynamo.reset()
-    leaves = [operands((6,))[leaf] for leaf in ("X", "y", "phi", "alpha", "bias")]
-    want = two_sites(*leaves)
-    got = torch.compile(two_sites, backend="aot_eager", fullgraph=True)(*leaves)
-    weight = gaussian(*want.shape, seed=20)
-    assert relative(got, want) < 1e-14
-    for mine, other in zip(torch.autograd.grad(got, leaves, weight), torch.autograd.grad(want, leaves, weight)):
-        assert relative(mine, other) < 1e-13
+    compiled_and_eager(F64, "aot_eager", 1e-13)
+
+
+@pytest.mark.slow
+def test_inductor_with_kernels() -> None:
+    compiled_and_eager(F32, "inductor", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_kernels")
+def test_inductor_without_kernels() -> None:
+    compiled_and_eager(F32, "inductor", 1e-5)
+
+
+CACHED = """
+import torch
+from mhc_rewrite.kernels import aten, cpu, ops
+from torch._dynamo.utils import counters
+step = torch.compile(lambda *given: ops.post(*given).sum())
+def hits():
+    counters.clear(); torch._dynamo.reset()
+    given = [torch.ones(s).requires_grad_() for s in ((5, 2, 8), (5, 8), (5, 2), (5, 2, 2))]
+    step(*given).backward()
+    return counters["aot_autograd"]["autograd_cache_hit"]
+hits()
+assert hits() == 1, "the same code: from the cache"
+cpu.available = lambda: not {available}
+assert hits() == 0, "another way to run the operator: compiled anew"
+ops.inspect.getsource = lambda module: "as in another version"
+assert hits() == 0, "another source: compiled anew"
+"""
+
+
+@pytest.mark.slow
+def test_cached_graphs_are_of_the_code_that_runs(tmp_path: Path) -> None:
+    """Compiled graphs on disk are found by the calls in them: those tell what the operators became."""
+    script = CACHED.format(available=cpu.available())
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -1,4 +1,5 @@
-"""The operators on CPU tensors by cpu.cpp, which torch's extension tooling builds at the first call that can use it.
+"""The operators on CPU tensors by cpp/operators.cpp. torch's extension tooling builds it at the first call that can
+use it.
 
 Nothing depends on it: where it cannot be built, a warning says why, once, and aten.py runs instead. The library is kept
 in torch's extension cache under a name that says what it was built from, so that later processes only load it.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).parent / "cpp" / "operators.cpp"
 FLAGS = ("-O3", "-march=native", "-std=c++17")
 # Compilers older than the processor do not find all of it by themselves.
 NEWER = {"avx512_f": "-mavx512f", "avx512_bw": "-mavx512bw", "avx512_dq": "-mavx512dq", "avx512_vl": "-mavx512vl",
@@ -67,8 +68,9 @@ def _built() -> Path:
 
     processor = torch.cpu.get_capabilities()
     flags = [*FLAGS, *(flag for feature, flag in NEWER.items() if processor.get(feature))]
+    sources = [file.read_bytes() for file in sorted(SOURCE.parent.iterdir())]
     # Another processor needs another library, be it in the same home directory.
-    made_from = repr((SOURCE.read_bytes(), flags, torch.__version__, sorted(processor.items())))
+    made_from = repr((sources, flags, torch.__version__, sorted(processor.items())))
     name = f"mhc_rewrite_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = folder / f"{name}.so"
@@ -191,7 +193,7 @@ def _call() -> ctypes.CDLL:
 
 
 def _dtypes(X: Tensor, y: Tensor | None = None) -> tuple[int, int]:
-    """X has the wider of the two dtypes, so that what is not written out in cpu.cpp never arises."""
+    """X has the wider of the two dtypes, so that what is not written out in operators.cpp never arises."""
     return TYPES[X.dtype], TYPES[X.dtype if y is None else y.dtype]
 
 

@@ -11,26 +11,88 @@ then costs nothing, as C elements are read and not n C. raw and r are what `pre`
 differentiates through them. Streams are fp32, bf16, fp16 or fp64; parameters and coefficients fp32, or fp64, autocast
 or not. `kind` is a name in `KINDS`. Every operator has a fake version and a gradient of its own operators, once.
 
-Every device runs aten.py, and compiled graphs see its aten, but for Sinkhorn-Knopp. The Triton kernels that exist are
-not wired in: the gradients of `pre` and `boundary` are missing, and none has run on a GPU.
+gpu.py runs them on a GPU, cpu.py on a CPU where its kernels could be built, and aten.py everything else: fp64, other
+devices, no tokens. `_kernels` decides. In compiled graphs an operator that a kernel runs stays whole, since fusing its
+aten would move more memory; the others become their aten, but for Sinkhorn-Knopp.
 
 Expansion itself is a view and the collapse one mean: aten moves no more than they need, so they are no operators here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
-from mhc_rewrite.kernels import aten
-from mhc_rewrite.kernels.kinds import KINDS, streams_of
+from mhc_rewrite.kernels import aten, cpu, gpu
+from mhc_rewrite.kernels.kinds import KINDS, MAX_STREAMS, streams_of
 from mhc_rewrite.torch_private import decompose_in_compiled_graphs
 
 Outputs = tuple[Tensor, ...]
+
+STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# -- the operators -----------------------------------------------------------------------------------------------------
+
+
+def pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
+    """u, H_post, H_res, raw, r of the site whose state is X."""
+    return pre_operator(X, phi, alpha, bias, kind, iterations, eps, _code_in_graphs())
+
+
+def post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """X', in the wider of the dtypes of X and y."""
+    return post_operator(X, y, h_post, h_res, _code_in_graphs())
+
+
+def post_collapse(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """mean_i X'[i], the last site's `post` and the collapse in one."""
+    return post_collapse_operator(X, y, h_post, h_res, _code_in_graphs())
+
+
+def boundary(
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    kind: str, iterations: int, eps: float,
+) -> Outputs:  # fmt: skip
+    """X', u', H_post', H_res', raw', r': `post` of one site and `pre` of the next in one."""
+    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, kind, iterations, eps, _code_in_graphs())
+
+
+def _code_in_graphs() -> str:
+    return _code() if torch.compiler.is_compiling() else ""
+
+
+@torch.compiler.assume_constant_result
+def _code() -> str:
+    """What an operator becomes in a compiled graph, as a name; its last argument there.
+
+    Compiled graphs are cached on disk by the calls in them. A call of this project's operators alone would not say
+    which aten stood for it when the graph was compiled, or whether a kernel did.
+    """
+    sources = "".join(inspect.getsource(module) for module in (aten, sys.modules[__name__]))
+    return f"{hashlib.sha256(sources.encode()).hexdigest()[:12]}, CPU kernels: {cpu.available()}"
+
+
+def _kernels(X: Tensor, y: Tensor | None, coefficients: Tensor) -> ModuleType:
+    """What runs an operator on these streams, this branch, and these parameters or coefficients.
+
+    aten.py has no limits; the kernels take the dtypes and numbers of streams that models have.
+    """
+    usual = X.dtype in STREAM_DTYPES and (y is None or y.dtype in STREAM_DTYPES) and X.shape[-2] <= MAX_STREAMS
+    if usual and coefficients.dtype == torch.float32 and X.numel() > 0:
+        if X.device.type == "cuda" and gpu.AVAILABLE:
+            return gpu
+        if X.device.type == "cpu" and cpu.available():
+            return cpu
+    return aten
 
 
 # -- bodies: leading axes become T tokens and come back -------------------------------------------------------
@@ -39,7 +101,7 @@ Outputs = tuple[Tensor, ...]
 def _pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
     _check_state(X, phi, kind)
     parameters = _parameters(X, phi, alpha, bias)
-    return _unflat(X.shape[:-2], aten.pre(_flat(X, 2), *parameters, kind, iterations, eps))
+    return _unflat(X.shape[:-2], _kernels(X, None, phi).pre(_flat(X, 2), *parameters, kind, iterations, eps))
 
 
 def _pre_backward(
@@ -49,18 +111,21 @@ def _pre_backward(
     parameters = _parameters(X, phi, alpha, bias)
     gradients = (_flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
-    g_X, g_phi, g_alpha, g_bias = aten.pre_backward(*gradients, _flat(X, 2), *parameters, *kept, kind, iterations)
+    g_X, g_phi, g_alpha, g_bias = _kernels(X, None, phi).pre_backward(
+        *gradients, _flat(X, 2), *parameters, *kept, kind, iterations
+    )
     return g_X.view(X.shape), _per_stream(g_phi, phi), g_alpha, g_bias
 
 
 def _post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     _check_branch(X, y, h_post, h_res)
-    out = aten.post(*_branch(X, y, h_post, h_res))
+    out = _kernels(X, y, h_res).post(*_branch(X, y, h_post, h_res))
     return out.view(*X.shape[:-2], *out.shape[1:])
 
 
 def _post_backward(g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Outputs:
-    g_X, g_y, g_post, g_res = aten.post_backward(_flat(g_out, 2), *_branch(X, y, h_post, h_res))
+    operands = _branch(X, y, h_post, h_res)
+    g_X, g_y, g_post, g_res = _kernels(X, y, h_res).post_backward(_flat(g_out, 2), *operands)
     return g_X.view(X.shape), g_y.view(y.shape), g_post.view(h_post.shape), _as_given(g_res, h_res)
 
 
@@ -81,7 +146,8 @@ def _boundary(
 ) -> Outputs:  # fmt: skip
     _check_branch(X, y, h_post, h_res)
     given = _branch(X, y, h_post, h_res)
-    return _unflat(X.shape[:-2], aten.boundary(*given, phi, alpha, bias, kind, iterations, eps))
+    made = _kernels(X, y, phi).boundary(*given, *_contiguous(phi, alpha, bias), kind, iterations, eps)
+    return _unflat(X.shape[:-2], made)
 
 
 def _boundary_backward(
@@ -91,8 +157,8 @@ def _boundary_backward(
 ) -> Outputs:  # fmt: skip
     gradients = (_flat(g_state, 2), _flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
-    g_X, g_y, g_h_post, g_h_res, *g_parameters = aten.boundary_backward(
-        *gradients, *_branch(X, y, h_post, h_res), phi, alpha, bias, *kept, kind, iterations
+    g_X, g_y, g_h_post, g_h_res, *g_parameters = _kernels(X, y, phi).boundary_backward(
+        *gradients, *_branch(X, y, h_post, h_res), *_contiguous(phi, alpha, bias), *kept, kind, iterations
     )
     given = (g_X.view(X.shape), g_y.view(y.shape), g_h_post.view(h_post.shape), _as_given(g_h_res, h_res))
     return *given, *g_parameters
@@ -107,11 +173,15 @@ def _unflat(leading: torch.Size, outputs: Outputs) -> Outputs:
     return tuple(out.view(*leading, *out.shape[1:]) for out in outputs)
 
 
-def _parameters(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _contiguous(*tensors: Tensor) -> Outputs:
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _parameters(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Outputs:
     """The parameters for a state as it is given: equal streams meet the sum of phi's rows."""
     if X.shape[-2] == 1:
         phi = phi.view(-1, X.shape[-1], phi.shape[-1]).sum(0)
-    return phi.contiguous(), alpha, bias
+    return _contiguous(phi, alpha, bias)
 
 
 def _per_stream(g_phi: Tensor, phi: Tensor) -> Tensor:
@@ -198,17 +268,31 @@ def _check_branch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> None:
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
-def _define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers one operator."""
+def _define(
+    arguments: str, results: int, body: Callable[..., Any], fake: Callable[..., Any],
+    X: int, y: int | None, coefficients: int, in_graphs: bool = False,
+) -> Any:  # fmt: skip
+    """Registers one operator.
+
+    X, y and coefficients are the places of the arguments that `_kernels` asks for. `in_graphs`: the graphs of Dynamo
+    hold it, so that it takes a `code`, which nothing reads; see `_code`.
+    """
 
     def run(*args: Any) -> Any:
         with _full_precision(args[0]):
-            return body(*args)
+            return body(*args[:-1] if in_graphs else args)
 
+    def shapes(*args: Any) -> Any:
+        return fake(*args[:-1] if in_graphs else args)
+
+    def whole(*args: Any) -> bool:
+        return _kernels(args[X], None if y is None else args[y], args[coefficients]) is not aten
+
+    schema = f"({arguments}{', str code' * in_graphs}) -> " + ("Tensor" if results == 1 else _tensors(results))
     name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
     operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
-    decompose_in_compiled_graphs(operator, run)
+    operator.register_fake(shapes)
+    decompose_in_compiled_graphs(operator, run, unless=whole)
     return operator
 
 
@@ -228,22 +312,23 @@ def _tensors(count: int) -> str:
     return "(" + ", ".join(["Tensor"] * count) + ")"
 
 
-pre = _define(f"({_STATE}, {_KIND}, float eps) -> {_tensors(5)}", _pre, _fake_pre)
+pre_operator = _define(f"{_STATE}, {_KIND}, float eps", 5, _pre, _fake_pre, 0, None, 1, in_graphs=True)
 pre_backward = _define(
-    f"(Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}) -> {_tensors(4)}",
-    _pre_backward, _fake_like(3, 4, 5, 6),
+    f"Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}", 4,
+    _pre_backward, _fake_like(3, 4, 5, 6), 3, None, 4,
 )  # fmt: skip
-post = _define(f"({_BRANCH}) -> Tensor", _post, _fake_post)
-post_backward = _define(f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_backward, _fake_like(1, 2, 3, 4))
-post_collapse = _define(f"({_BRANCH}) -> Tensor", _post_collapse, _fake_post_collapse)
+post_operator = _define(_BRANCH, 1, _post, _fake_post, 0, 1, 3, in_graphs=True)
+post_backward = _define(f"Tensor g_out, {_BRANCH}", 4, _post_backward, _fake_like(1, 2, 3, 4), 1, 2, 4)
+post_collapse_operator = _define(_BRANCH, 1, _post_collapse, _fake_post_collapse, 0, 1, 3, in_graphs=True)
 post_collapse_backward = _define(
-    f"(Tensor g_out, {_BRANCH}) -> {_tensors(4)}", _post_collapse_backward, _fake_like(1, 2, 3, 4)
+    f"Tensor g_out, {_BRANCH}", 4, _post_collapse_backward, _fake_like(1, 2, 3, 4), 1, 2, 4
 )
-boundary = _define(f"({_BRANCH}, {_PARAMETERS}, {_KIND}, float eps) -> {_tensors(6)}", _boundary, _fake_boundary)
+boundary_operator = _define(
+    f"{_BRANCH}, {_PARAMETERS}, {_KIND}, float eps", 6, _boundary, _fake_boundary, 0, 1, 4, in_graphs=True
+)
 boundary_backward = _define(
-    f"(Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND})"
-    f" -> {_tensors(7)}",
-    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10),
+    f"Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND}", 7,
+    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8,
 )  # fmt: skip
 
 # Never decomposed: this is what keeps the iterations out of compiled graphs. aten.py calls it from the bodies above,
@@ -268,7 +353,7 @@ sinkhorn_backward.register_fake(
 
 
 def _keep_pre(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    *tensors, kind, iterations, _ = inputs
+    *tensors, kind, iterations, _, _ = inputs
     raw, r = output[-2:]
     ctx.save_for_backward(*tensors, raw, r)
     ctx.mark_non_differentiable(raw, r)
@@ -276,20 +361,26 @@ def _keep_pre(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _pre_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *pre_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None
+    return *pre_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def _boundary_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *boundary_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None
+    return *boundary_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:-1])
 
 
-pre.register_autograd(_pre_gradients, setup_context=_keep_pre)
-boundary.register_autograd(_boundary_gradients, setup_context=_keep_pre)
-post.register_autograd(lambda ctx, g_out: post_backward(g_out, *ctx.saved_tensors), setup_context=_keep_inputs)
-post_collapse.register_autograd(
-    lambda ctx, g_out: post_collapse_backward(g_out, *ctx.saved_tensors), setup_context=_keep_inputs
-)
+def _post_gradients(ctx: Any, g_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *post_backward(g_out, *ctx.saved_tensors), None
+
+
+def _post_collapse_gradients(ctx: Any, g_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *post_collapse_backward(g_out, *ctx.saved_tensors), None
+
+
+pre_operator.register_autograd(_pre_gradients, setup_context=_keep_pre)
+boundary_operator.register_autograd(_boundary_gradients, setup_context=_keep_pre)
+post_operator.register_autograd(_post_gradients, setup_context=_keep_inputs)
+post_collapse_operator.register_autograd(_post_collapse_gradients, setup_context=_keep_inputs)

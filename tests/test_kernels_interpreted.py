@@ -13,7 +13,9 @@ FOLDER = Path(__file__).parent / "kernels_interpreted"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", ["test_post", "not test_post"])
+@pytest.mark.parametrize(
+    "tests", ["test_post or test_pre", "test_boundary", "not test_post and not test_pre and not test_boundary"]
+)
 def test_kernels_interpreted(tests: str) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this system")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, str(FOLDER)]

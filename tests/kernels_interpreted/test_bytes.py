@@ -1,0 +1,263 @@
+"""What the kernels move, counted from their loads and stores, is what the table of operators says: equal, not close.
+
+Numbers are elements a token. Streams are everything with C elements in a row: X, y, u, X' and their gradients.
+Coefficients are the rest that belongs to a token: H_post, H_res, raw, r. Parameters, and sums over tokens, belong to no
+token and stand apart, as do repeated reads: they cost bandwidth only where a cache has lost them.
+
+    TRITON_INTERPRET=1 python tests/kernels_interpreted/test_bytes.py    # the table, repeated reads included
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from traffic import WHAT, Moved, Traffic, counted
+
+from mhc_rewrite.kernels import triton_boundary, triton_post
+from mhc_rewrite.kernels.kinds import KINDS
+from mhc_rewrite.kernels.triton_configs import using
+
+TOKENS = 67  # more than a few, no multiple of a block of tokens, and no other axis is as long
+BACKWARD = "mhc_rewrite.kernels.triton_boundary_backward"
+GRADIENTS_OF_PARAMETERS = ("pre_backward", "boundary_backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`given` of the n streams are in memory: 1 where they are still equal. `rows` of them are written by `post`: 1
+    together with the collapse."""
+
+    operator: str
+    n: int
+    width: int
+    given: int
+    rows: int
+    kind: str = "mhc"
+
+    def __str__(self) -> str:
+        form = {(1, self.n): ", equal streams", (self.n, 1): ", collapsed"}.get((self.given, self.rows), "")
+        return f"{self.operator} {self.kind} n={self.n} C={self.width}{form if self.n > 1 else ''}"
+
+
+class Moves(NamedTuple):
+    """A token's elements of streams and of coefficients."""
+
+    read: tuple[int, int]
+    written: tuple[int, int]
+
+
+def in_the_table(case: Case) -> Moves:
+    """The table of operators. With all n streams given: pre reads nC and writes C; post reads (n + 1)C and writes nC,
+    its gradient (2n + 1)C and (n + 1)C; boundary reads and writes (n + 1)C, its gradient reads (2n + 2)C and writes
+    (n + 1)C. raw and r, kept for the gradient, count as coefficients."""
+    n, m, rows, C = case.n, case.given, case.rows, case.width
+    mix = rows + rows * m  # H_post and H_res of the site before
+    kept = n * n + 2 * n + (1 if KINDS[case.kind].constrained else n)
+    made = n + n * n + kept
+    return {
+        "pre": Moves((m * C, 0), (C, made)),
+        "post": Moves(((m + 1) * C, mix), (rows * C, 0)),
+        "post_backward": Moves(((rows + m + 1) * C, mix), ((m + 1) * C, mix)),
+        "boundary": Moves(((m + 1) * C, mix), ((n + 1) * C, made)),
+        # In these the gradients of u, H_post and H_res, and raw and r, are read beside the streams. What is written for
+        # the parameters' launch comes on top.
+        "pre_backward": Moves(((m + 1) * C, made), (m * C, 0)),
+        "boundary_backward": Moves(((n + m + 2) * C, mix + made), ((m + 1) * C, mix)),
+    }[case.operator]
+
+
+def cases() -> list[Case]:
+    forms = [(n, n, n) for n in (1, 2, 3, 4, 5, 8)] + [(4, 1, 4)]
+    widths = (129, 71)  # odd, and more and less than a block of C
+    table = [
+        Case(operator, n, widths[k % 2], given, rows)
+        for operator in ("pre", "post", "post_backward", "boundary", "pre_backward", "boundary_backward")
+        for k, (n, given, rows) in enumerate([*forms, *([(4, 4, 1)] if operator.startswith("post") else [])])
+    ]
+    # What the other kinds keep and write differs, not what they read.
+    return table + [
+        Case(operator, 3, 71, 3, 3, kind) for operator in ("pre", "boundary") for kind in ("deepseek_v4", "hc")
+    ]
+
+
+def launches_of(case: Case) -> list[Traffic]:
+    """Runs the operator on random tensors and counts."""
+    T, n, m, rows, C = TOKENS, case.n, case.given, case.rows, case.width
+    K = n * n + 2 * n
+    options, eps = (case.kind, 20), 1e-6
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    branch = (random(T, m, C), random(T, C), random(T, rows), random(T, rows, m))
+    given = m if case.operator.startswith("pre") else n  # streams that are projected
+    parameters = (random(given * C, K) / 30, torch.ones(3), random(K))
+    kept = (random(T, K), random(T, 1 if KINDS[case.kind].constrained else n).abs() + 1)
+    gradients = (random(T, C), random(T, n), random(T, n, n))
+    backward = importlib.import_module(BACKWARD) if case.operator in GRADIENTS_OF_PARAMETERS else None
+    run: Callable[[], Any] = {
+        "pre": lambda: triton_boundary.pre(branch[0], *parameters, *options, eps),
+        "post": lambda: triton_post.post(*branch),
+        "post_backward": lambda: triton_post.post_backward(random(T, rows, C), *branch),
+        "boundary": lambda: triton_boundary.boundary(*branch, *parameters, *options, eps),
+        "pre_backward": lambda: backward.pre_backward(*gradients, branch[0], *parameters, *kept, *options),
+        "boundary_backward": lambda: backward.boundary_backward(
+            random(T, n, C), *gradients, *branch, *parameters, *kept, *options
+        ),
+    }[case.operator]
+    with counted() as launches:
+        run()
+    return launches
+
+
+def per_token(launch: Traffic, case: Case, what: str) -> tuple[int, int]:
+    """What every token moves of streams and of coefficients."""
+    streams = coefficients = 0
+    for moved in launch.moved.values():
+        if is_stream(moved, case):
+            streams += moved.per_token(what, TOKENS)
+        elif moved.shape[0] == TOKENS:
+            coefficients += moved.per_token(what, TOKENS)
+    return streams, coefficients
+
+
+def is_stream(moved: Moved, case: Case) -> bool:
+    return moved.shape[0] == TOKENS and moved.shape[-1] == case.width
+
+
+def state_launches(launches: list[Traffic], case: Case) -> list[Traffic]:
+    """Those that write streams. In a gradient the others sum up what the parameters get."""
+    return [launch for launch in launches if per_token(launch, case, "written")[0]]
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_moves_what_the_table_says(case: Case) -> None:
+    if case.operator in GRADIENTS_OF_PARAMETERS and not importlib.util.find_spec(BACKWARD):
+        pytest.skip("the gradients of pre and boundary have no Triton kernels yet")
+    launches = launches_of(case)
+    (state,) = state_launches(launches, case)
+    written, handed_on = per_token(state, case, "written"), 0
+    if case.operator in GRADIENTS_OF_PARAMETERS:
+        handed_on = written[1] - in_the_table(case).written[1]
+        # The gradients of raw and of what comes before alpha and bias, at most.
+        assert 0 < handed_on <= 2 * (case.n**2 + 2 * case.n)
+    got = Moves(per_token(state, case, "fetched"), (written[0], written[1] - handed_on))
+    assert got == in_the_table(case)
+    assert per_token(state, case, "rewritten") == (0, 0)
+    # The parameters' launch may read the streams once more; forward there is one launch and nothing else.
+    others = [launch for launch in launches if launch is not state]
+    assert not others or case.operator in GRADIENTS_OF_PARAMETERS
+    assert sum(per_token(launch, case, "fetched")[0] for launch in others) <= got.read[0]
+
+
+@pytest.mark.parametrize("n,given", [(4, 4), (4, 1), (3, 3)])
+def test_pre_reads_its_parameters_once_from_memory(n: int, given: int) -> None:
+    (launch,) = launches_of(Case("pre", n, 129, given, n))
+    of = {name: launch.moved[name].total("fetched") for name in ("phi", "alpha", "bias")}
+    K = n * n + 2 * n
+    assert of == {"phi": given * 129 * K, "alpha": 3, "bias": K}
+
+
+def test_second_sweeps_are_counted_apart() -> None:
+    """pre reads every element of X twice, boundary what it has written itself: nC a token each, from the cache."""
+    (pre,), (boundary,) = launches_of(Case("pre", 4, 129, 4, 4)), launches_of(Case("boundary", 4, 129, 4, 4))
+    assert pre.moved["X"].per_token("repeated", TOKENS) == 4 * 129
+    assert boundary.moved["state"].per_token("own", TOKENS) == 4 * 129
+    assert boundary.moved["X"].total("repeated") == boundary.moved["y"].total("repeated") == 0
+
+
+def test_few_tokens_read_the_streams_in_both_launches() -> None:
+    """Split over C, the projection ends before u begins: a state of a few tokens is fetched a second time."""
+    with using("forward", "split"):
+        project, finish = launches_of(Case("pre", 4, 129, 4, 4))
+        mix, _ = launches_of(Case("boundary", 4, 129, 4, 4))
+    assert (
+        project.moved["X"].per_token("fetched", TOKENS) == finish.moved["state"].per_token("fetched", TOKENS) == 4 * 129
+    )
+    assert not project.moved["X"].total("repeated") and not finish.moved["state"].total("repeated")
+    case = Case("boundary", 4, 129, 4, 4)
+    assert (per_token(mix, case, "fetched")[0], per_token(mix, case, "written")[0]) == (5 * 129, 4 * 129)
+
+
+# -- the counting itself ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _moves_what_the_test_knows(a, b, total, N, LANES: tl.constexpr, BEYOND: tl.constexpr):
+    k = tl.arange(0, LANES)
+    x = tl.load(a + k, mask=k < N, other=0.0)  # N from memory
+    x += tl.load(a + k // 2, mask=k < 4, other=0.0)  # four lanes, two elements, known
+    tl.store(b + k, x, mask=k < N)
+    x += tl.load(b + k, mask=k < 3, other=0.0)  # its own
+    tl.store(b + k + BEYOND, x, mask=k < 2)
+    tl.atomic_add(total, tl.sum(x))
+
+
+def test_the_counting() -> None:
+    a, b, total = torch.ones(10), torch.zeros(10), torch.zeros(1)
+    with counted() as launches:
+        for _ in range(2):
+            _moves_what_the_test_knows[(1,)](a, b, total, 10, LANES=16, BEYOND=0)
+    for launch in launches:
+        counts = {
+            name: {what: moved.total(what) for what in WHAT if moved.total(what)}
+            for name, moved in launch.moved.items()
+        }
+        assert counts == {
+            "a": {"fetched": 10, "repeated": 4},
+            "b": {"own": 3, "written": 10, "rewritten": 2},
+            "total": {"fetched": 1, "written": 1},
+        }
+    assert launches[0].moved["a"].per_token("fetched", 5) == 2
+    with pytest.raises(AssertionError, match="0 to 2"):
+        launches[0].moved["b"].per_token("rewritten", 5)
+
+
+def test_a_lane_outside_every_tensor_is_an_error() -> None:
+    whole = torch.zeros(12)
+    with pytest.raises(Exception, match="2 lanes outside"), counted():
+        _moves_what_the_test_knows[(1,)](torch.ones(10), whole[:10], torch.zeros(1), 10, LANES=16, BEYOND=10)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def table() -> Table:
+    """Every launch of every case: streams in units of C a token, parameters in units of their size."""
+    whats = WHAT[:4]
+    result = Table(title=f"elements moved a token, {TOKENS} tokens; streams in units of C")
+    result.add_column("operator")
+    result.add_column("kernel")
+    for group in ("streams", "coefficients"):
+        for what in whats:
+            result.add_column(f"{group}\n{what}", justify="right")
+    result.add_column("parameters and\nsums, fetched", justify="right")
+    result.add_column("repeated", justify="right")
+    result.add_column("written", justify="right")
+    for case in cases():
+        if case.operator in GRADIENTS_OF_PARAMETERS and not importlib.util.find_spec(BACKWARD):
+            continue
+        for launch in launches_of(case):
+            streams, coefficients = zip(*(per_token(launch, case, what) for what in whats))
+            rest = [moved for moved in launch.moved.values() if moved.shape[0] != TOKENS]
+            result.add_row(
+                str(case), launch.kernel, *(f"{count / case.width:g}" for count in streams), *map(str, coefficients),
+                *(str(sum(moved.total(what) for moved in rest)) for what in ("fetched", "repeated", "written")),
+            )  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    Console(width=200).print(table())

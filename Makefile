@@ -11,7 +11,7 @@ EXTRAS := demo,hf,test,vision
 # One thread a test process: two processes with two threads each on two cores wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test test-fast lint types format clean
+.PHONY: help install demo bench-cpu gpu-check test test-fast test-kernels lint types format clean
 .DEFAULT_GOAL := help
 # A virtual environment that could not be made is no virtual environment the next time either.
 .DELETE_ON_ERROR:
@@ -33,11 +33,20 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP) ## convert a small GPT-2, check it, train it beside the original (about 3 minutes on two cores)
 	$(BIN)/python demos/convert_gpt.py
 
+bench-cpu: $(STAMP) ## the designs of a site's operators on this CPU, beside a copy (about 2 minutes)
+	$(BIN)/python demos/cpu_kernels.py
+
+gpu-check: $(STAMP) ## check and time the operators on a GPU, or check them on the CPU where there is none
+	$(BIN)/python demos/gpu_check.py
+
 test: lint types ## lint, type check and all tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that are not marked slow (within 2 minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+test-kernels: $(STAMP) ## Triton: every size, dtype and configuration, interpreted and compiled (many hours)
+	$(TEST_ENV) MHC_WHOLE_GRID=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_kernels_interpreted.py tests/test_kernel_compile.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: lint and format, without changing anything
 	$(BIN)/ruff check

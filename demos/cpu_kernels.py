@@ -207,6 +207,12 @@ def main(
     console.print(f"torch {torch.__version__}, {name} {capability}, {threads} threads, C++ kernels: {cpu.available()}")
     console.print(f"T = {tokens}, C = {width}, n = {n}, medians of {repetitions} interleaved rounds")
     console.print("allocator: " + " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()))
+    flops = 2 * tokens * n * width * (n * n + 2 * n)
+    speed = matmul_speed()
+    console.print(
+        f"a large fp32 matmul runs at {speed / 1e9:.0f} GFLOP/s: at that, each of a site's three products with phi, "
+        f"one forward and two backward, takes {1e3 * flops / speed:.1f} ms whatever the memory does"
+    )
     figures: list[dict[str, object]] = []
     for kind, dtype in DTYPES.items():
         torch._dynamo.reset()
@@ -225,6 +231,16 @@ def main(
             figures.append({"dtype": kind, "what": "compile", "design": design, "s": time_of})
     if output:
         output.write_text(json.dumps(figures, indent=1))
+
+
+def matmul_speed(size: int = 2048, repetitions: int = 7) -> float:
+    """Flop/s."""
+    a, seconds = torch.randn(size, size), []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def bandwidth(elements: int, dtype: torch.dtype, seconds: float) -> str:

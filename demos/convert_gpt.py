@@ -108,7 +108,7 @@ def main() -> int:
     console.print(
         "What this shows: the converted model starts as the same function and trains.\n"
         "What it does not show: whether mHC is better, or what it costs elsewhere. This is one run of a small model on "
-        "a CPU, in plain PyTorch without fused kernels; other seeds, sizes and step counts give other figures.",
+        "a CPU, where Python takes more time than the sites; other seeds, sizes and step counts give other figures.",
         highlight=False,
     )
     console.print(f"loss curves: {options.output / 'loss.png'}, {options.output / 'loss.csv'}", highlight=False)

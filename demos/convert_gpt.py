@@ -218,13 +218,12 @@ def held_out_loss(model: nn.Module, text: Tensor, seed: int) -> float:
 
 
 @torch.no_grad()
-def stream_spread(converted: nn.Module, batch: Tensor) -> float | None:
-    """How far the streams have parted after the last layer but one: their rms distance from their mean, over the
-    mean's rms. 0 at the start, where all streams are equal. None where the model carries one stream only."""
+def stream_spread(converted: nn.Module, layer: str, **inputs: Tensor) -> float | None:
+    """How far the streams have parted after that layer: their rms distance from their mean, over the mean's rms.
+    0 at the start, where all streams are equal. None where the model carries one stream only."""
     seen: list[Tensor] = []
-    blocks = converted.transformer.h
-    hook = blocks[-2].register_forward_hook(lambda module, args, output: seen.append(output))
-    converted.eval()(input_ids=batch)
+    hook = converted.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+    converted.eval()(**inputs)
     hook.remove()
     (streams,) = seen
     if streams.dim() != 4:  # (batch, tokens, n, C) between layers
@@ -274,7 +273,8 @@ def result_table(runs: list[Run], held_out_text: Tensor, seed: int) -> Table:
     table.add_row(f"loss, {last}", *(f"{run.smoothed()[-1]:.4f}" for run in runs))
     table.add_row("loss on held-out files", *(f"{held_out_loss(run.model, held_out_text, seed):.4f}" for run in runs))
     table.add_row("seconds per step", *(f"{run.seconds / steps:.3f}" for run in runs))
-    spreads = [stream_spread(run.model, next(batches(held_out_text, seed))) for run in runs]
+    batch, before_last = next(batches(held_out_text, seed)), f"transformer.h.{runs[0].model.config.n_layer - 2}"
+    spreads = [stream_spread(run.model, before_last, input_ids=batch) for run in runs]
     table.add_row("spread of the streams", *("-" if spread is None else f"{spread:.2g}" for spread in spreads))
     table.caption = "losses in nats per byte; spread: rms distance of the streams from their mean, over the mean's rms"
     return table

@@ -20,7 +20,17 @@ import convert_gpt
 import torch
 import torch.nn.functional as F
 import typer
-from convert_gpt import LEARNING_RATE, SMOOTHING, TOLERANCE, WARM_UP, WEIGHT_DECAY, optimizer, show, start_section
+from convert_gpt import (
+    LEARNING_RATE,
+    SMOOTHING,
+    TOLERANCE,
+    WARM_UP,
+    WEIGHT_DECAY,
+    optimizer,
+    show,
+    start_section,
+    stream_spread,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -167,20 +177,6 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return model.eval()(pixel_values=images).logits
 
 
-@torch.no_grad()
-def stream_spread(model: nn.Module, layer: str, images: Tensor) -> float | None:
-    """After that layer, the rms distance of the streams from their mean, over the mean's rms; None for one stream."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
-    model.eval()(pixel_values=images)
-    hook.remove()
-    (streams,) = seen
-    if streams.dim() != 4:  # (batch, patches, n, C) between layers
-        return None
-    mean = streams.mean(dim=-2, keepdim=True)
-    return ((streams - mean).square().mean().sqrt() / mean.square().mean().sqrt()).item()
-
-
 def settings_table(steps: int, threads: int, seed: int, model: nn.Module) -> Table:
     config = model.config
     table = Table(show_header=False, box=None)
@@ -204,7 +200,7 @@ def result_table(runs: list[Run], held_out: Batch, layer: str) -> Table:
         column.justify = "right"
     steps = len(runs[0].losses)
     right = [(logits_of(run.model, images).argmax(-1) == labels).float().mean().item() for run in runs]
-    spreads = [stream_spread(run.model, layer, images[:BATCH]) for run in runs]
+    spreads = [stream_spread(run.model, layer, pixel_values=images[:BATCH]) for run in runs]
     table.add_row("parameters", *(f"{sum(p.numel() for p in run.model.parameters()):,}" for run in runs))
     table.add_row("loss at step 1", *(f"{run.losses[0]:.4f}" for run in runs))
     table.add_row(

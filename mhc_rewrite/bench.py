@@ -82,6 +82,11 @@ def bench(
     steps: dict[tuple[str, str], Callable[[], Any]] = {}
     first: dict[tuple[str, str], float] = {}
     for backend in backends:
+        if backend != EAGER:
+            progress(f"starting {backend}")
+            with _cold_caches():  # what a backend does once in a process is nobody's first step
+                small = nn.Linear(2, 2, device=device)
+                torch.compile(small, backend=backend)(torch.ones(2, 2, device=device)).sum().backward()
         for name, of in (("original", original), ("converted", converted)):
             run = of if backend == EAGER else torch.compile(of, backend=backend)
             steps[name, backend] = _step(run, of, args, kwargs, training, autocast)

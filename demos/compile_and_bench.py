@@ -1,8 +1,8 @@
 """What mHC costs a GPT: training steps, a forward pass and kept activations, beside the original.
 
-`python demos/compile_and_bench.py` prints the table of docs/performance.md (about four minutes on two cores). The model:
-C = 768, 12 heads, 4 layers (8 sites), vocabulary 1024, 2 x 512 tokens; converted with n = 4, 20 Sinkhorn iterations,
-all site parameters perturbed. Ratios are medians, over rounds, of neighbouring times in one process.
+`python demos/compile_and_bench.py` prints the table of docs/performance.md (about four minutes on two cores). The
+model: C = 768, 12 heads, 4 layers (8 sites), vocabulary 1024, 2 x 512 tokens; converted with n = 4, 20 Sinkhorn
+iterations, all site parameters perturbed. Ratios are medians, over rounds, of neighbouring times in one process.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def result_table(runs: list[Run], held_out_text: Tensor, seed: int) -> Table:
     table.add_row(f"loss, {last}", *(f"{run.smoothed()[-1]:.4f}" for run in runs))
     table.add_row("loss on held-out files", *(f"{held_out_loss(run.model, held_out_text, seed):.4f}" for run in runs))
     table.add_row("seconds per step", *(f"{run.seconds / steps:.3f}" for run in runs))
-    batch, before_last = next(batches(held_out_text, seed)), f"transformer.h.{runs[0].model.config.n_layer - 2}"
+    batch, before_last = next(batches(held_out_text, seed)), f"transformer.h.{len(runs[0].model.transformer.h) - 2}"
     spreads = [stream_spread(run.model, before_last, input_ids=batch) for run in runs]
     table.add_row("spread of the streams", *("-" if spread is None else f"{spread:.2g}" for spread in spreads))
     table.caption = "losses in nats per byte; spread: rms distance of the streams from their mean, over the mean's rms"

@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 import mhc_rewrite
-from mhc_rewrite.cli import listing, spec
+from mhc_rewrite.cli import cost, listing, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.errors import MHCError
@@ -187,6 +187,8 @@ def _spinner(what: str) -> Iterator[None]:
         timer.join()
         live.stop()
 
+
+cost.register(app, _show, _working)
 
 if __name__ == "__main__":
     app()

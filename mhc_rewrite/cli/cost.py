@@ -1,0 +1,217 @@
+"""`mhc-rewrite cost`: formulas, numbers and estimates of mhc_rewrite/cost.py as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Annotated, Any, Optional
+
+import sympy
+import typer
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+import mhc_rewrite
+from mhc_rewrite import cost as costs
+from mhc_rewrite.cli import spec
+from mhc_rewrite.cli.errors import UsageError
+from mhc_rewrite.config import MAX_STREAMS
+from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
+from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.tables import plain_table
+
+PAPER = "paper"
+PROSE_WIDTH = 116
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="SPEC|paper", help=f"The model: {spec.FORMS}; or the paper's own, 27B.", show_default=False),
+]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
+    typer.Option("--config", metavar="KEY=VALUE", help="An option of the model's config or callable. Repeatable."),
+]
+DeviceName = Annotated[str, typer.Option("--device", metavar="NAME", help="h100, a100, mi300x or cpu.")]
+Streams = Annotated[str, typer.Option("--n", metavar="N,N,...", help=f"Numbers of streams, 1 to {MAX_STREAMS}.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, for what grows with them.")]
+Parameters = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(min=1, help="Parameters that a token uses, where these are not the model's own: of experts, say."),
+]
+
+
+def register(
+    app: typer.Typer, show: Callable[[RenderableType], None], working: Callable[[str], AbstractContextManager[None]]
+) -> None:
+    """Adds the command to an app. `show` prints; what is done within `working` fails with one message."""
+
+    @app.command("cost")
+    def print_cost(
+        model: Model, device: DeviceName = "h100", n: Streams = "1,2,4,8", tokens: Tokens = 4096,
+        parameters: Parameters = None, config: Settings = None,
+    ) -> None:  # fmt: skip
+        """Show what mHC costs: formulas, numbers, and an estimate of the step's overhead on a device."""
+        with working(f"Reading {model}"):
+            on, streams = _device(device), _streams(n)
+            if model == PAPER:
+                size = parameters or costs.PAPER_PARAMETERS
+                shown = _paper({k: costs.paper(k) for k in streams}, on, size)
+            else:
+                built, inputs = spec.load(model, config or ())
+                plan = mhc_rewrite.plan(built, inputs)
+                size = parameters or sum(p.numel() for p in built.parameters())
+                shown = _model(
+                    plan.model, {k: costs.cost(costs.with_streams(plan, k)) for k in streams}, on, size, tokens
+                )
+        show(shown)
+
+
+def _device(name: str) -> Device:
+    try:
+        return costs.device(name)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+
+
+def _streams(text: str) -> list[int]:
+    """`1,2,4` -> `[1, 2, 4]`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= MAX_STREAMS for part in parts):
+        raise UsageError(f"--n takes numbers of streams from 1 to {MAX_STREAMS}, such as 1,2,4,8, not {text!r}.")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _model(name: str, of: Mapping[int, Cost], on: Device, parameters: float, tokens: int) -> RenderableType:
+    first = next(iter(of.values()))
+    sizes = "; ".join(f"{k.sites} sites, C = {k.width}, {k.itemsize} bytes an element" for k in first.streams)
+    return Group(
+        Text(f"{name}: {sizes}", style="bold"),
+        Text("as SPEC builds it; --config sets its sizes, and of transformers its dtype", style="dim"),
+        *_formulas(first),
+        *_section(f"numbers for {tokens:,} tokens", _numbers(of, tokens)),
+        *_estimates(_overheads(of, on, parameters), costs.assumptions(first, on, parameters)),
+    )
+
+
+def _paper(of: Mapping[int, Cost], on: Device, parameters: float) -> RenderableType:
+    stream = costs.PAPER_STREAM
+    table = _overheads(
+        of, on, parameters, {"paper": costs.PAPER_OVERHEAD, "commentary": costs.COMMENTARY_OVERHEAD}
+    )  # fmt: skip
+    taken = (
+        f"sizes: arXiv:2512.24880, table 5, 27B: C = {stream.width}, 30 layers with two sites each, bf16 streams; the "
+        "parameters are the active ones. The device is not named there",
+        "paper: section 4.3, n = 4 only, its own kernels, recomputation and pipeline; commentary: an unofficial text "
+        "on the paper, which gives no source for n = 2 and 8",
+    )
+    return Group(
+        Text(f"the paper's 27B on {on.title}", style="bold"),
+        *_estimates(table, (*taken, *costs.assumptions(next(iter(of.values())), on, parameters))),
+    )
+
+
+def _section(title: str, *parts: RenderableType) -> list[RenderableType]:
+    return [Text(), Text(title, style="bold cyan"), *(Padding(part, (0, 0, 0, 2)) for part in parts)]
+
+
+def _formula(expression: sympy.Expr) -> str:
+    return str(expression).replace("**", "^").replace("*", " ")
+
+
+def _numbers_table(*headers: str) -> Table:
+    table = plain_table(*headers)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _formulas(of: Cost) -> list[RenderableType]:
+    traffic = plain_table("traffic", "read", "written", "fp32 coefficients", "read again for parameters")
+    flops = plain_table("flops", "projection", "mixes", "Sinkhorn-Knopp")
+    for k, direction in enumerate(("forward", "backward")):
+        for fusion in FUSIONS:
+            moved = of.traffic[fusion][k]
+            row = (moved.read, moved.written, moved.coefficients, moved.again)
+            traffic.add_row(f"{fusion}, {direction}", *map(_formula, row))
+        flops.add_row(direction, *map(_formula, (of.flops[k].projection, of.flops[k].mixes, of.flops[k].sinkhorn)))
+    memory = plain_table("", "formula")
+    for what, formula in (
+        ("parameters added", of.parameters),
+        ("kept: states", of.kept.states),
+        ("  outputs of blocks", of.kept.outputs),
+        ("  raw and r, fp32", of.kept.coefficients),
+        ("  H_post and H_res, fp32", of.kept.mixes),
+        ("kept in segments: states", of.kept_in_segments.states),
+        ("  outputs of blocks", of.kept_in_segments.outputs),
+        ("  raw and r, fp32", of.kept_in_segments.coefficients),
+        ("  transient elements", of.transient),
+        ("bytes at a pipeline cut", of.cut),
+    ):
+        memory.add_row(Text(what, no_wrap=True), _formula(formula))
+    names = ", ".join(f"{symbol} = {what}" for symbol, what in costs.SYMBOLS.items())
+    return [
+        *_section("a token and site, in elements of the streams and in flops", traffic, Text(), flops),
+        *_section("a stream, in elements and fp32 numbers", memory),
+        Padding(_prose(names), (0, 0, 0, 2)),
+    ]
+
+
+def _numbers(of: Mapping[int, Cost], tokens: int) -> Table:
+    table = _numbers_table(
+        "n", "parameters\nadded", "moved at boundaries\nforward", "\nbackward", "flops\nforward", "\nbackward",
+        "kept", "L_r", "kept in\nsegments", "transient", "at a\npipeline cut",
+    )  # fmt: skip
+    for n, cost in of.items():
+        if n == 1:
+            table.add_row("1", "nothing is rewritten")
+            continue
+
+        def value(formula: sympy.Expr, cost: Cost = cost, **how: Any) -> int:
+            return cost.evaluate(formula, tokens=tokens, **how)
+
+        moved = (f"{value(T * L * k.bytes) / 1e6:,.1f} MB" for k in cost.traffic["boundary"])
+        flops = (f"{value(T * L * (k.projection + k.mixes + k.sinkhorn)) / 1e9:,.2f} G" for k in cost.flops)
+        lengths = dict.fromkeys(cost.best_segment(k) for k in range(len(cost.streams)))
+        table.add_row(
+            str(n), f"{value(cost.parameters):,}", *moved, *flops,
+            f"{value(cost.kept.bytes) / 1e6:,.1f} MB", ", ".join(map(str, lengths)),
+            f"{value(cost.kept_in_segments.bytes) / 1e6:,.1f} MB",
+            f"{value(s * cost.transient, over=max) / 1e6:,.1f} MB", f"{value(cost.cut, over=max) / 1e6:,.1f} MB",
+        )  # fmt: skip
+    return table
+
+
+def _overheads(
+    of: Mapping[int, Cost], on: Device, parameters: float, beside: Mapping[str, Mapping[int, float]] | None = None
+) -> Table:
+    """By n; `beside` are columns of other people's figures."""
+    ways = [(fusion, recompute) for fusion in FUSIONS for recompute in (False, True)]
+    headers = [f"{fusion},\nrecomputed" if recompute else fusion for fusion, recompute in ways]
+    table = _numbers_table("n", *headers, *(beside or {}))
+    for n, cost in of.items():
+        estimates = (costs.estimate(cost, on, parameters, *way).overhead for way in ways)
+        theirs = (figures.get(n) for figures in (beside or {}).values())
+        table.add_row(
+            str(n), *(f"{share:.1%}" for share in estimates), *("-" if k is None else f"{k:.1%}" for k in theirs)
+        )
+    return table
+
+
+def _estimates(table: Table, assumed: tuple[str, ...]) -> list[RenderableType]:
+    return [
+        *_section("ESTIMATE, not measured: what a training step takes longer", table),
+        *_section("assumed", *(_prose(f"- {text}.") for text in assumed)),
+    ]
+
+
+def _prose(text: str) -> Table:
+    """Wrapped, also where the console has no end."""
+    table = Table.grid()
+    table.add_column(max_width=PROSE_WIDTH)
+    table.add_row(text)
+    return table

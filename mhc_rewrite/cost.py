@@ -1,0 +1,394 @@
+"""What the sites of a plan cost, as formulas and as numbers: memory traffic, flops, memory, an estimate of step time.
+
+Counted, not measured: `bench` measures. The traffic of weights is left out, and so are excluded sites. Source:
+arXiv:2512.24880, tables 2 and 3 and eq. 20; what is not from there is derived here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.kernels.kinds import KINDS
+from mhc_rewrite.model import RewritePlan
+
+# Tokens, width, streams, sites of a stream (calls), of which M have parameters of their own, sites of a segment of
+# recomputation, bytes of an element, Sinkhorn-Knopp's iterations.
+T, C, n, L, M, L_r, s, t_max = sympy.symbols("T C n L M L_r s t_max", positive=True, integer=True)
+SYMBOLS = {
+    T: "tokens", C: "width", n: "streams", L: "sites of a stream", M: "those of them with their own parameters",
+    L_r: "sites of a segment", s: "bytes of an element", t_max: "iterations of Sinkhorn-Knopp",
+}  # fmt: skip
+FUSIONS = ("unfused", "fused", "boundary")
+FP32 = 4  # bytes
+
+
+# -- formulas ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one site moves for one token.
+
+    Attributes:
+        read, written: elements of X, y, u, X' and their gradients, each once a launch.
+        coefficients: fp32 numbers, both ways: H_post, H_res, raw, r and their gradients.
+        again: elements that a second launch reads for the gradients of phi, alpha and bias.
+    """
+
+    read: sympy.Expr
+    written: sympy.Expr
+    coefficients: sympy.Expr
+    again: sympy.Expr = sympy.S.Zero
+
+    @property
+    def elements(self) -> sympy.Expr:
+        """Of the streams, but for those read again: what the specification's table counts."""
+        return sympy.expand(self.read + self.written)
+
+    @property
+    def bytes(self) -> sympy.Expr:
+        """All of it."""
+        return s * (self.elements + self.again) + FP32 * self.coefficients
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one site for one token; a fused multiply-add is two, what is O(n) is left out.
+
+    Attributes:
+        projection: x @ phi and the sum of squares [14, 15], or their gradients.
+        mixes: u and X', or their gradients.
+        sinkhorn: Sinkhorn-Knopp [9, 19], which backward runs once more before it goes back.
+    """
+
+    projection: sympy.Expr
+    mixes: sympy.Expr
+    sinkhorn: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a stream's sites keep from forward to backward, in numbers.
+
+    Attributes:
+        states: X at the first site of each segment; that of the first segment is n equal streams, so C a token.
+        outputs: y of every block. A block that keeps its input too has it made again, and keeps C a token less for it.
+        coefficients: fp32 numbers: raw and r.
+        mixes: fp32 numbers: H_post and H_res, which autograd keeps as inputs of `post` where nothing is recomputed.
+    """
+
+    states: sympy.Expr
+    outputs: sympy.Expr
+    coefficients: sympy.Expr
+    mixes: sympy.Expr = sympy.S.Zero
+
+    @property
+    def bytes(self) -> sympy.Expr:
+        """Together."""
+        return s * (self.states + self.outputs) + FP32 * (self.coefficients + self.mixes)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The sizes of one residual stream: C, sites in the order of their calls (L), those with parameters (M), s."""
+
+    width: int
+    sites: int
+    modules: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Formulas of one plan, and its sizes.
+
+    Attributes:
+        config: n, the connection and its iterations.
+        streams: sizes, stream by stream.
+    """
+
+    config: MHCConfig
+    streams: tuple[Stream, ...]
+
+    @property
+    def _constrained(self) -> bool:
+        return KINDS[CONNECTIONS[self.config.connection].kind].constrained
+
+    @property
+    def _raw(self) -> sympy.Expr:
+        """raw and r: fp32 numbers of a token and site; without constraint there is a norm for each stream."""
+        return n**2 + 2 * n + (1 if self._constrained else n)
+
+    @property
+    def traffic(self) -> dict[str, tuple[Traffic, Traffic]]:
+        """Forward and backward for each fusion, a token and site.
+
+        - unfused: every product and every sum of table 2 by itself. Backward the same products, each reading its
+          output's gradient and its inputs, and two sums that bring the gradients of X together;
+        - fused: `pre` and `post`. Backward, pre's launch takes up the gradient of X that post's has written;
+        - boundary: post of a site and pre of the next in one launch, at every site. A stream's first pre and last post
+          are no boundary and move (n + 4)C together, not the (2n + 2)C of one.
+        """
+        mix, both = n**2 + n, n**2 + 2 * n
+        forward, backward = 2 * mix + self._raw, 3 * mix + self._raw
+        return {
+            "unfused": (
+                Traffic((5 * n + 1) * C, (3 * n + 1) * C, 2 * both),
+                Traffic((9 * n + 2) * C, (5 * n + 1) * C, 4 * both),
+            ),
+            "fused": (
+                Traffic((2 * n + 1) * C, (n + 1) * C, forward),
+                Traffic((4 * n + 2) * C, (2 * n + 1) * C, backward, n * C),
+            ),
+            "boundary": (
+                Traffic((n + 1) * C, (n + 1) * C, forward),
+                Traffic((2 * n + 2) * C, (n + 1) * C, backward, (n + 1) * C),
+            ),
+        }
+
+    @property
+    def flops(self) -> tuple[Flops, Flops]:
+        """Forward and backward, a token and site."""
+        columns = n**2 + 2 * n
+        forward = sinkhorn = sympy.Integer(0)
+        if self._constrained:
+            # exp; then columns and rows in turn: n - 1 sums and n divisions for each of n.
+            forward = n**2 + 2 * t_max * n * (2 * n - 1)
+            # Of M = A / sum(A): (dM - sum(dM M)) / sum(A), for each of n: n products, n - 1 sums, n differences, n
+            # divisions.
+            sinkhorn = forward + 2 * t_max * n * (4 * n - 1) + n**2
+        return (
+            Flops(2 * n * C * (columns + 1), 2 * n * C + 2 * n * (n + 1) * C, forward),
+            Flops(2 * n * C * (2 * columns + 1), 4 * n * C + 4 * n * (n + 1) * C, sinkhorn),
+        )
+
+    @property
+    def parameters(self) -> sympy.Expr:
+        """phi, alpha and bias of a stream's sites."""
+        rows, columns = CONNECTIONS[self.config.connection].phi_shape(n, C)
+        return M * (rows * columns + 3 + n**2 + 2 * n)
+
+    @property
+    def kept(self) -> Kept:
+        """By a stream where nothing is recomputed."""
+        return Kept(C * T * (n * (L - 1) + 1), C * T * L, T * L * self._raw, T * L * (n**2 + n))
+
+    @property
+    def kept_in_segments(self) -> Kept:
+        """By a stream where all that lies between blocks is recomputed, in segments of L_r sites [20]."""
+        return Kept(C * T * (n * (sympy.ceiling(L / L_r) - 1) + 1), C * T * L, T * L * self._raw)
+
+    @property
+    def transient(self) -> sympy.Expr:
+        """Elements that backward makes again of one segment: X, u and its norm at each site [20]."""
+        return (n + 2) * C * T * L_r
+
+    @property
+    def cut(self) -> sympy.Expr:
+        """Bytes that pass a pipeline's cut between two sites; after the expansion, before any site, it is 1/n of it."""
+        return s * n * C * T
+
+    def evaluate(
+        self,
+        formula: sympy.Expr,
+        *,
+        tokens: int = 1,
+        segment: int | None = None,
+        over: Callable[[Iterable[int]], int] = sum,
+    ) -> int:
+        """A formula with the sizes of every stream; 0 with n = 1, where nothing is rewritten.
+
+        Args:
+            tokens: T, the same for all streams.
+            segment: L_r, at most the stream's length; the best one if it is left out.
+            over: how the streams' numbers become one. Of `transient` and `cut` only one stream's is there at a time:
+                `max`.
+        """
+        streams, iterations = self.config.n_streams, self.config.sinkhorn_iterations
+        if streams == 1:
+            return 0
+        return over(
+            int(formula.subs({
+                T: tokens, C: stream.width, n: streams, L: stream.sites, M: stream.modules, s: stream.itemsize,
+                L_r: min(segment or best_segment(streams, stream.sites), stream.sites), t_max: iterations,
+            }))
+            for stream in self.streams
+        )  # fmt: skip
+
+    def best_segment(self, stream: int = 0) -> int:
+        """L_r of one stream that keeps least, what is made again included."""
+        return best_segment(self.config.n_streams, self.streams[stream].sites)
+
+
+def cost(plan: RewritePlan) -> Cost:
+    """The formulas of a plan, and its sizes.
+
+    A module that is called several times is several sites with one set of parameters.
+    """
+    streams: list[Stream] = []
+    seen: set[str] = set()
+    for stream in plan.streams:
+        sites = [site for site in stream.sites if not site.excluded]
+        own = {site.name for site in sites} - seen
+        seen |= own
+        itemsize = max(getattr(torch, site.dtype.removeprefix("torch.")).itemsize for site in stream.sites)
+        streams.append(Stream(stream.width, len(sites), len(own), itemsize))
+    return Cost(plan.config, tuple(stream for stream in streams if stream.sites))
+
+
+def best_segment(streams: int, sites: int) -> int:
+    """The L_r for which n ceil(L / L_r) + (n + 2) L_r is least [20], of several the shortest.
+
+    Without the rounding up the least is at sqrt(nL / (n + 2)), and the rounded curve lies above the smooth one: out is
+    every length at which the smooth one already is above what was found next to its minimum.
+    """
+
+    def kept(length: int) -> int:
+        return streams * -(-sites // length) + (streams + 2) * length
+
+    root = math.sqrt(streams * sites / (streams + 2))
+    middle = min(kept(length) for length in {max(1, math.floor(root)), math.ceil(root)}) / (2 * (streams + 2))
+    reach = math.sqrt(max(0.0, middle**2 - root**2))
+    return min(range(max(1, math.floor(middle - reach)), min(sites, math.ceil(middle + reach)) + 1), key=kept)
+
+
+# -- step time ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak figures of a device, as in devices.json.
+
+    Attributes:
+        bandwidth: of memory, bytes a second.
+        bf16, tf32, fp32: dense flop a second; tf32 None where products of fp32 numbers are made in fp32.
+        source: of these figures.
+        utilisation: share of the peak that the model without mHC is assumed to reach.
+        utilisation_source: where that is from.
+    """
+
+    title: str
+    bandwidth: float
+    bf16: float
+    tf32: float | None
+    fp32: float
+    source: str
+    utilisation: float
+    utilisation_source: str
+
+    @property
+    def product(self) -> float:
+        """Flop a second of the projection: the kernels make a product of fp32 numbers of three in tf32."""
+        return self.tf32 / 3 if self.tf32 else self.fp32
+
+
+@functools.cache
+def devices() -> dict[str, Device]:
+    """By name."""
+    data = json.loads((importlib.resources.files("mhc_rewrite") / "devices.json").read_text(encoding="utf-8"))
+    return {name: Device(**figures) for name, figures in data.items()}
+
+
+def device(name: str) -> Device:
+    """A device's figures.
+
+    Raises:
+        ConfigError: no such device; the message names the known ones.
+    """
+    if name not in devices():
+        raise ConfigError(f"There are no figures for the device {name!r}. The known ones are: {', '.join(devices())}.")
+    return devices()[name]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds for one token of a training step: of the model as it was, and what its sites add."""
+
+    baseline: float
+    added: float
+
+    @property
+    def overhead(self) -> float:
+        """What is added, as a share."""
+        return self.added / self.baseline
+
+
+def estimate(of: Cost, on: Device, parameters: float, fusion: str = "boundary", recompute: bool = False) -> Estimate:
+    """The step time by roofline: no measurement. `assumptions` says in words what goes into it.
+
+    Args:
+        parameters: of the model, those that a token uses.
+        fusion: a key of `Cost.traffic`.
+        recompute: backward runs every site's forward once more.
+
+    Raises:
+        ConfigError: the streams are neither of two nor of four bytes an element.
+    """
+    itemsize = max(stream.itemsize for stream in of.streams)
+    if itemsize not in (2, 4):
+        raise ConfigError("There are no figures for fp64: the estimate is for models in bf16, fp16 and fp32.")
+    peak = on.bf16 if itemsize == 2 else on.fp32
+    forward, backward = (
+        max(
+            of.evaluate(L * moved.bytes) / on.bandwidth,
+            of.evaluate(L * done.projection) / on.product + of.evaluate(L * (done.mixes + done.sinkhorn)) / on.fp32,
+        )
+        for moved, done in zip(of.traffic[fusion], of.flops)
+    )
+    replaced = of.evaluate(L * s * 6 * C) / on.bandwidth
+    return Estimate(
+        baseline=6 * parameters / (on.utilisation * peak),
+        added=(1 + recompute) * forward + backward - replaced,
+    )
+
+
+def assumptions(of: Cost, on: Device, parameters: float) -> tuple[str, ...]:
+    """What `estimate` takes for granted, for a reader."""
+    kind = "bf16" if max(stream.itemsize for stream in of.streams) == 2 else "fp32"
+    product = "three tf32 products" if on.tf32 else "fp32"
+    peaks = f"{on.bandwidth / 1e12:g} TB/s, {on.bf16 / 1e12:g} Tflop/s in bf16, "
+    peaks += f"{on.tf32 / 1e12:g} in tf32, " if on.tf32 else ""
+    return (
+        f"device: {on.title}: {peaks}{on.fp32 / 1e12:g} in fp32 ({on.source})",
+        f"the model without mHC: 6 flops a parameter and token, {parameters:.4g} parameters, at {on.utilisation:.0%} "
+        f"of the peak in {kind} ({on.utilisation_source}); attention's scores and the optimizer are left out",
+        "a site: the longer of its traffic at the peak bandwidth and its flops at the peak, forward and backward "
+        f"apart; the projection as {product}, the rest in fp32. Real kernels stay below both peaks: a lower bound",
+        "the residual add that a site replaces is taken off: 2C read and C written, forward and backward",
+        "recomputing runs every site's forward once more; launches, weights and communication cost nothing",
+    )
+
+
+# -- the paper ---------------------------------------------------------------------------------------------------------
+
+# arXiv:2512.24880, table 5, 27B: 30 layers, the residual adds of attention and of the MLP in each; bf16 streams [11].
+PAPER_STREAM = Stream(width=2560, sites=60, modules=60, itemsize=2)
+PAPER_PARAMETERS = 4.14e9  # active; 27.0e9 in all
+PAPER_OVERHEAD = {4: 0.067}  # section 4.3
+COMMENTARY_OVERHEAD = {1: 0.0, 2: 0.03, 4: 0.067, 8: 0.12}  # a commentary on the paper, which itself gives n = 4 only
+
+
+def paper(streams: int) -> Cost:
+    """The paper's largest model with n streams."""
+    return Cost(MHCConfig(n_streams=streams), (PAPER_STREAM,))
+
+
+def with_streams(plan: RewritePlan, streams: int) -> RewritePlan:
+    """The same plan with another n: what is found in a model does not depend on it.
+
+    Raises:
+        ConfigError: n is out of range.
+    """
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, n_streams=streams))

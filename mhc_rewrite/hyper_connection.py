@@ -12,6 +12,7 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.reference import Coefficients
+from mhc_rewrite.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
 
 
@@ -28,7 +29,9 @@ class HyperConnection(KeepsPrecision):
         u, mix = site.pre(X)
         X = site.post(X, block(u), mix)
 
-    Streams X are (..., n, C), or (B, n, C, ...) where `channel_dim` is 1; u and the block's output have no n axis.
+    Where the streams pass straight from one site to the next, the second does both in one: `X, u, mix =
+    second.boundary(X, block(u), mix)`. Streams X are (..., n, C), or (B, n, C, ...) where `channel_dim` is 1, with n of
+    one where all streams are equal; u and the block's output have no n axis.
     Parameters: phi, (nC, n^2 + 2n) for `mhc`; alpha (3,) for [pre, post, res]; bias (n^2 + 2n,), columns
     [pre | post | res row-major]. They stay fp32 when the model is made bf16 or fp16, and all arithmetic on them is
     in their dtype, under autocast as well. Source: arXiv:2512.24880, eq. 14 to 19.
@@ -76,29 +79,44 @@ class HyperConnection(KeepsPrecision):
     def coefficients(self, streams: Tensor) -> Coefficients:
         """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the
         reference: for a look at a trained site, not for training it."""
-        phi, alpha, bias, kind, iterations, eps_norm = self._operands(streams)
+        phi, alpha, bias, kind, iterations, eps_norm = self._operands(streams.dtype)
         raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
         return reference.coefficients(raw, alpha, bias, kind, iterations)
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """What the block reads, in the dtype of `streams`, and the coefficients that `post` needs."""
-        u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams))
-        return (u if self.channel_dim == -1 else u.movedim(-1, 1)), Mix(post, res)
+        u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams.dtype))
+        return self._as_given(u), Mix(post, res)
 
     def post(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The next state, in the wider of the dtypes of `streams` and `branch`."""
-        y = branch if self.channel_dim == -1 else branch.movedim(1, -1)
-        mixed = self._operators().post(self._tokens_last(streams), y, mix.post, mix.res)
-        return mixed if self.channel_dim == -1 else mixed.movedim((-2, -1), (1, 2))
+        mixed = self._operators().post(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
+        return self._streams_as_given(mixed)
+
+    def boundary(self, streams: Tensor, branch: Tensor, mix: Mix) -> tuple[Tensor, Tensor, Mix]:
+        """The `post` of the site before, whose `mix` it is, and this site's `pre`: the next state, u and the mix."""
+        operands = self._operands(torch.promote_types(streams.dtype, branch.dtype))
+        mixed, u, post, res, *_ = self._operators().boundary(
+            self._tokens_last(streams), self._branch(branch), mix.post, mix.res, *operands
+        )
+        return self._streams_as_given(mixed), self._as_given(u), Mix(post, res)
+
+    def post_collapse(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
+        """The mean of what `post` gives over its streams."""
+        if inside_function_transform():
+            return collapse(self.post(streams, branch, mix), self.channel_dim, "mean")
+        y = ops.post_collapse(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
+        # Cloned, as the trunk may be written to behind the streams, which autograd forbids on an operator's result.
+        return self._as_given(y).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def _operators() -> ModuleType:
         return reference if inside_function_transform() else ops
 
-    def _operands(self, streams: Tensor) -> tuple[Any, ...]:
-        """phi, alpha, bias, kind, iterations and eps as the operators take them."""
+    def _operands(self, streams: torch.dtype) -> tuple[Any, ...]:
+        """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype."""
         config, connection = self.config, CONNECTIONS[self.config.connection]
-        dtype = torch.promote_types(streams.dtype, self.phi.dtype)
+        dtype = torch.promote_types(streams, self.phi.dtype)
         phi = connection.projection(self.phi, config.n_streams).to(dtype)
         options = connection.kind, config.sinkhorn_iterations, config.eps_norm
         return phi, self.alpha.to(dtype), self.bias.to(dtype), *options
@@ -106,6 +124,16 @@ class HyperConnection(KeepsPrecision):
     def _tokens_last(self, streams: Tensor) -> Tensor:
         """(tokens, n, C)."""
         return streams if self.channel_dim == -1 else streams.movedim((1, 2), (-2, -1))
+
+    def _streams_as_given(self, streams: Tensor) -> Tensor:
+        return streams if self.channel_dim == -1 else streams.movedim((-2, -1), (1, 2))
+
+    def _branch(self, branch: Tensor) -> Tensor:
+        """(tokens, C)."""
+        return branch if self.channel_dim == -1 else branch.movedim(1, -1)
+
+    def _as_given(self, u: Tensor) -> Tensor:
+        return u if self.channel_dim == -1 else u.movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return f"{self.config.connection}, n_streams={self.config.n_streams}, width={self.width}, index={self.index}"

@@ -168,7 +168,7 @@ class ListedNode:
         shape: of its result, streams included, or None where it is no tensor.
         dtype: of its result, or None.
         source: line of the user's code that it comes from.
-        role: `"trunk"`, `"residual add"`, `"expand"`, `"pre"`, `"post"`, `"collapse"`, or "".
+        role: `"trunk"`, `"residual add"`, `"expand"`, `"pre"`, `"post"`, `"boundary"`, `"collapse"`, or "".
     """
 
     name: str

@@ -22,6 +22,7 @@ from mhc_rewrite.generated import compile_graph, guard_graph
 from mhc_rewrite.model import ResidualStream
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
+from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 
 # Rewrites made so far, by captured graph and the streams that come in and go out: layers that are alike share them.
 Rewrites = dict[Any, tuple[Rewrite, Callable[..., Any], Callable[..., Any] | None]]
@@ -235,6 +236,7 @@ class CarrierRole:
                 captured, residuals, self.wiring.targets, n=self.config.n_streams, collapse=self.config.collapse,
                 arriving=frozenset(arriving), leaving=frozenset(leaving),
             )  # fmt: skip
+            fuse_site_calls(rewrite.graph)
             guards = compile_graph(guard_graph(captured), "guards") if captured.guards else None
             rewrites[like] = rewrite, compile_graph(rewrite.graph, type(module).__name__), guards
         rewrite, function, guards = rewrites[like]

@@ -27,10 +27,11 @@ STYLES = {
     "expand": "bold green",
     "pre": "bold green",
     "post": "bold green",
+    "boundary": "bold green",
     "collapse": "bold green",
 }
 COLOURS = {"trunk": "lightblue", "residual add": "salmon"} | dict.fromkeys(
-    ("expand", "pre", "post", "collapse"), "palegreen"
+    ("expand", "pre", "post", "boundary", "collapse"), "palegreen"
 )
 
 

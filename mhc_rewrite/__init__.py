@@ -3,7 +3,18 @@
 from mhc_rewrite.api import graphs, mhcify, parameter_groups, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.hyper_connection import HyperConnection
+from mhc_rewrite.lowering import compile
 
 __version__ = "0.1.0"
 
-__all__ = ["HyperConnection", "MHCConfig", "graphs", "mhcify", "parameter_groups", "plan", "report", "unmhcify"]
+__all__ = [
+    "HyperConnection",
+    "MHCConfig",
+    "compile",
+    "graphs",
+    "mhcify",
+    "parameter_groups",
+    "plan",
+    "report",
+    "unmhcify",
+]

@@ -71,3 +71,38 @@ def inside_function_transform() -> bool:
     Should the call go, `False` is right but for those transforms, which then raise.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor as a backend of `torch.compile` with these options, checked as `torch.compile` checks them.
+
+    The class is what `torch.compile` itself uses. Should it go, `torch._inductor.compile_fx.compile_fx(graph, inputs,
+    config_patches=options)` is what it calls, and `torch._inductor.list_mode_options(mode)` are a mode's options.
+    """
+    return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str) -> Any:
+    """`run` as a pass on Inductor's joint graph; `uuid` is part of the key of the caches of compiled graphs.
+
+    The option that takes it is `joint_custom_pre_pass`. Should either go, annotations of the joint graph have to find
+    another hook, and tests/test_recompute.py fails first.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class JointGraphPass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> str:
+            return uuid
+
+    return JointGraphPass()
+
+
+def joint_graph_passes(options: dict[str, Any]) -> list[Any]:
+    """The passes on the joint graph that the user has asked for, here or in Inductor's own configuration."""
+    from torch._inductor import config
+
+    asked = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    return list(asked) if isinstance(asked, (list, tuple)) else [asked] if asked is not None else []

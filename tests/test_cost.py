@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -74,6 +75,12 @@ def test_unfused_backward_is_a_sum_over_products() -> None:
     backward = MHC.traffic["unfused"][1]
     assert equal(backward.read, C * sum(read for read, _ in rows))
     assert equal(backward.written, C * sum(written for _, written in rows))
+
+
+def test_gradients_of_parameters_read_the_streams_again() -> None:
+    """docs/kernels.md: n for the launch after pre's gradient, n + 1 after boundary's; single products need none."""
+    again = {fusion: [moved.again for moved in MHC.traffic[fusion]] for fusion in FUSIONS}
+    assert again == {"unfused": [0, 0], "fused": [0, n * C], "boundary": [0, (n + 1) * C]}
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +336,13 @@ def test_sizes_of_a_plan() -> None:
     # By hand: X of the first site C, of the others 3C; transient (n + 2) C L_r with the best L_r, 2 and 2.
     assert of.evaluate(of.kept.states, tokens=10) == 10 * ((1 + 3) * 8 + (1 + 3 * 3) * 12)
     assert of.evaluate(of.transient, tokens=10, over=max) == 10 * 5 * 12 * best_segment(3, 4)
+    twice = cost(dataclasses.replace(plan, streams=plan.streams * 2))
+    assert (twice.evaluate(L), twice.evaluate(M)) == (12, 3)  # what is in two streams has parameters once
+    stream = plan.streams[0]
+    wider = dataclasses.replace(
+        stream, sites=(dataclasses.replace(stream.sites[0], dtype="torch.float64"), *stream.sites)
+    )
+    assert cost(dataclasses.replace(plan, streams=(wider,))).streams[0].itemsize == 8  # the widest of a stream
     assert cost(mhc_rewrite.plan(Net().bfloat16(), (INPUTS[0].bfloat16(),))).streams[0].itemsize == 2
 
 

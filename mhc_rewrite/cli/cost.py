@@ -91,7 +91,7 @@ def _model(name: str, of: Mapping[int, Cost], on: Device, parameters: float, tok
     sizes = "; ".join(f"{k.sites} sites, C = {k.width}, {k.itemsize} bytes an element" for k in first.streams)
     return Group(
         Text(f"{name}: {sizes}", style="bold"),
-        Text("as SPEC builds it; --config sets its sizes, and of transformers its dtype", style="dim"),
+        Text("as SPEC builds it, with all its parameters; --config and --parameters change that", style="dim"),
         *_formulas(first),
         *_section(f"numbers for {tokens:,} tokens", _numbers(of, tokens)),
         *_estimates(_overheads(of, on, parameters), costs.assumptions(first, on, parameters)),
@@ -101,12 +101,12 @@ def _model(name: str, of: Mapping[int, Cost], on: Device, parameters: float, tok
 def _paper(of: Mapping[int, Cost], on: Device, parameters: float) -> RenderableType:
     stream = costs.PAPER_STREAM
     table = _overheads(
-        of, on, parameters, {"paper": costs.PAPER_OVERHEAD, "commentary": costs.COMMENTARY_OVERHEAD}
+        of, on, parameters, {"paper": costs.PAPER_OVERHEAD, "others": costs.COMMENTARY_OVERHEAD}
     )  # fmt: skip
     taken = (
         f"sizes: arXiv:2512.24880, table 5, 27B: C = {stream.width}, 30 layers with two sites each, bf16 streams; the "
         "parameters are the active ones. The device is not named there",
-        "paper: section 4.3, n = 4 only, its own kernels, recomputation and pipeline; commentary: an unofficial text "
+        "paper: section 4.3, n = 4 only, its own kernels, recomputation and pipeline; others: an unofficial text "
         "on the paper, which gives no source for n = 2 and 8",
     )
     return Group(
@@ -191,7 +191,7 @@ def _overheads(
 ) -> Table:
     """By n; `beside` are columns of other people's figures."""
     ways = [(fusion, recompute) for fusion in FUSIONS for recompute in (False, True)]
-    headers = [f"{fusion},\nrecomputed" if recompute else fusion for fusion, recompute in ways]
+    headers = [f"{fusion},\nrecompute" if recompute else fusion for fusion, recompute in ways]
     table = _numbers_table("n", *headers, *(beside or {}))
     for n, cost in of.items():
         estimates = (costs.estimate(cost, on, parameters, *way).overhead for way in ways)

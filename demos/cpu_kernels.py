@@ -24,10 +24,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from mhc_rewrite.bench import KEEP_MEMORY
 from mhc_rewrite.kernels import aten, cpu, ops, reference
 
-# With the usual settings every large result is fresh memory from the system, and page faults dominate all else.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "1000000000"}
 OPTIONS = ("mhc", 20, 1e-6)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -200,13 +199,13 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Times the designs of docs/kernels.md on this CPU, beside a copy."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):  # read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_num_threads(threads)
     capability, name = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities().get("cpu_name", "")
     console.print(f"torch {torch.__version__}, {name} {capability}, {threads} threads, C++ kernels: {cpu.available()}")
     console.print(f"T = {tokens}, C = {width}, n = {n}, medians of {repetitions} interleaved rounds")
-    console.print("allocator: " + " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()))
+    console.print("allocator: " + " ".join(f"{key}={value}" for key, value in KEEP_MEMORY.items()))
     flops = 2 * tokens * n * width * (n * n + 2 * n)
     speed = matmul_speed()
     console.print(

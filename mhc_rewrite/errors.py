@@ -44,3 +44,7 @@ class StreamError(MHCError):
 
 class KernelError(MHCError, ValueError):
     """An operator was given tensors that do not go together."""
+
+
+class PeerError(MHCError):
+    """Another package's sites, for comparison, are not there or can't run a model."""

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -18,6 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePlan, RewriteReport, SourceLine
+
+if TYPE_CHECKING:
+    from mhc_rewrite.bench import Measured
 
 T = TypeVar("T")
 PROSE_WIDTH = 72
@@ -151,6 +154,29 @@ def plain_table(*headers: str) -> Table:
 
 def _plural(count: int, word: str) -> str:
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+# Measurements ---------------------------------------------------------------------------------------------------------
+
+
+def bench_table(measured: Sequence[Measured]) -> Table:
+    """One row for each way to run a model; bytes as MB of 10^6, and what is not measured as -."""
+    columns: dict[str, Callable[[Measured], str | None]] = {
+        "step, s": lambda one: f"{one.seconds:.4g}",
+        "ratio": lambda one: f"{one.ratio:.3f}",
+        "compilation, s": lambda one: None if one.compilation is None else f"{one.compilation:.1f}",
+        "kept, MB": lambda one: None if one.kept is None else f"{one.kept / 1e6:,.0f}",
+        "peak, MB": lambda one: None if one.peak is None else f"{one.peak / 1e6:,.0f}",
+        "launches": lambda one: None if one.launches is None else f"{one.launches:,}",
+    }
+    rows = [[cell(one) for cell in columns.values()] for one in measured]
+    shown = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
+    table = plain_table("model", "run by", *(list(columns)[k] for k in shown))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one, row in zip(measured, rows):
+        table.add_row(one.model, one.backend, *(row[k] or "-" for k in shown))
+    return table
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

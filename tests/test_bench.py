@@ -3,64 +3,84 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
+import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mhc_rewrite import HyperConnection, MHCConfig, mhcify
-from mhc_rewrite.bench import bench, perturb, saved_bytes
+from mhc_rewrite.bench import FRESH_MEMORY, Workload, bench, in_a_fresh_process, perturb, ways
+from mhc_rewrite.errors import PeerError
+from mhc_rewrite.peers import PEERS, HyperConnections, PeerSite, convert_sites
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read as Linux gives it")
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.a(x)
         return x + self.b(x)
 
 
-INPUTS = {"x": torch.randn(3, 8)}
+def load(rows: int = 3, width: int = 8) -> tuple[nn.Module, dict[str, Any]]:
+    return Layer(width), {"x": torch.randn(rows, width)}
 
 
 def test_rows() -> None:
-    model = Layer()
-    before = copy.deepcopy(model.state_dict())
     told: list[str] = []
-    costs = bench(model, INPUTS, backends=["eager", "aot_eager"], rounds=1, progress=told.append)
-    rows = [(cost.model, cost.backend) for cost in costs]
-    assert rows == [(m, b) for b in ("eager", "aot_eager") for m in ("original", "converted")]
-    assert all(cost.seconds > 0 and cost.saved > 0 for cost in costs)
-    assert [cost.ratio for cost in costs[::2]] == [1.0, 1.0] and all(cost.ratio > 0 for cost in costs)
-    assert [cost.first_call > 0 for cost in costs] == [False, False, True, True]
-    assert "converting" in told and told[-1].startswith("round 3 of 3")
-    # The model itself is neither converted nor trained.
+    measured = bench(Workload(load), backends=["eager", "aot_eager"], rounds=1, fresh=False, progress=told.append)
+    rows = [(one.model, one.backend) for one in measured]
+    assert rows == [(m, b) for m in ("original", "converted") for b in ("eager", "aot_eager")]
+    assert all(one.seconds > 0 and one.ratio > 0 for one in measured)
+    assert [one.ratio for one in measured[:2]] == [1.0, 1.0]
+    assert all((one.launches, one.compilation, one.kept, one.peak) == (None,) * 4 for one in measured)
+    assert told[0] == "original, eager: first step" and told[-1] == "round 3 of 3"
+
+
+def test_ways() -> None:
+    assert ways(["eager", "mhc", "inductor"], ["peer"]) == [
+        ("original", "eager"), ("original", "inductor"),
+        ("converted", "eager"), ("converted", "mhc"), ("converted", "inductor"),
+        ("peer", "eager"), ("peer", "inductor"),
+    ]  # fmt: skip
+
+
+def test_the_loaded_model_stays_as_it_is() -> None:
+    model, inputs = load()
+    before = copy.deepcopy(model.state_dict())
+    bench(Workload(lambda: (model, inputs)), backends=["eager"], rounds=1, fresh=False)
     assert type(model) is Layer and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert (
-        all(parameter.grad is None for parameter in model.parameters())
-        and not torch.compiler.config.force_disable_caches
-    )
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_forward_keeps_nothing() -> None:
-    assert [cost.saved for cost in bench(Layer(), INPUTS, training=False, backends=["eager"], rounds=1)] == [0, 0]
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_mode_and_autocast_reach_the_forward(training: bool, autocast: torch.dtype | None) -> None:
+    seen: set[tuple[torch.dtype, bool]] = set()
 
+    class Watching(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(x)
+            out = self.b(x)
+            seen.add((out.dtype, torch.is_grad_enabled()))
+            return x + out
 
-def test_saved_bytes_counts_memory_once_and_no_parameters() -> None:
-    weight = nn.Linear(8, 8, bias=False)
-    x = torch.randn(3, 8, requires_grad=True)
-
-    def step() -> None:
-        h = weight(x)  # keeps x, and the weight, which does not count
-        (h * h).sum().backward()  # keeps h twice
-
-    assert saved_bytes(step, [weight]) == 2 * 3 * 8 * 4
+    workload = Workload(lambda: (Watching(), load()[1]), training=training, autocast=autocast)
+    bench(workload, backends=["eager"], rounds=1, fresh=False)
+    assert ((autocast or torch.float32, True) in seen) == training
+    assert (autocast or torch.float32, False) in seen
 
 
 def test_perturb_moves_every_site_parameter_and_no_other() -> None:
-    model = mhcify(Layer(), INPUTS, config=MHCConfig(n_streams=2))
+    model = mhcify(*load(), config=MHCConfig(n_streams=2))
     before = copy.deepcopy(model.state_dict())
     perturb(model)
     own = {f"{name}.{p}" for name, m in model.named_modules() if isinstance(m, HyperConnection) for p in m._parameters}
@@ -68,16 +88,79 @@ def test_perturb_moves_every_site_parameter_and_no_other() -> None:
     assert len(own) == 6
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_autocast_reaches_the_forward(autocast: torch.dtype | None) -> None:
-    seen: set[torch.dtype] = set()
+# Fresh processes ------------------------------------------------------------------------------------------------------
 
-    class Watching(Layer):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + self.a(x)
-            out = self.b(x)
-            seen.add(out.dtype)
-            return x + out
 
-    bench(Watching(), INPUTS, backends=["eager"], rounds=1, autocast=autocast)
-    assert (torch.bfloat16 in seen) == (autocast is not None)
+@linux
+@pytest.mark.slow
+def test_memory_of_a_step() -> None:
+    """Two sums of 32 MB are kept: what the second linear reads, and the output, which the loss's square reads."""
+    rows, width = 2**13, 2**10
+    before = dict(os.environ)
+    figures = in_a_fresh_process(Workload(functools.partial(load, rows, width)), "original", "eager")
+    assert dict(os.environ) == before and not set(FRESH_MEMORY) & set(before)
+    size = 4 * rows * width
+    assert figures["compilation"] is None and figures["kept"] == pytest.approx(2 * size, rel=0.05)
+    assert figures["kept"] < figures["peak"] < 6 * size
+
+
+@pytest.mark.slow
+def test_compilation_is_measured_without_caches() -> None:
+    workload = Workload(load, training=False)
+    first, again = (in_a_fresh_process(workload, "converted", "mhc")["compilation"] for _ in range(2))
+    assert first > 0.1 and again > 0.3 * first
+
+
+def test_an_error_in_a_fresh_process_is_the_caller_s() -> None:
+    with pytest.raises(PeerError, match="There is no peer 'other'"):
+        in_a_fresh_process(Workload(load), "other", "eager")
+
+
+# Peers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_peers_sites_take_over() -> None:
+    pytest.importorskip("hyper_connections", reason="hyper-connections is not installed: pip install hyper-connections")
+    model, inputs = load()
+    mhcify(model, inputs)
+    convert_sites(model, "hyper-connections")
+    assert not any(isinstance(m, HyperConnection) for m in model.modules())
+    sites = [m for m in model.modules() if isinstance(m, HyperConnections)]
+    out = model(**inputs)
+    out.sum().backward()
+    assert len(sites) == 2 and out.shape == (3, 8)
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for s in sites for p in (s.inner.static_alpha,))
+
+
+def test_a_peer_runs_pre_and_post_at_a_boundary() -> None:
+    calls: list[str] = []
+
+    class Plain(PeerSite):
+        module, package = "torch", "torch"
+
+        def pre(self, streams: Tensor) -> tuple[Tensor, Any]:
+            calls.append("pre")
+            return self._all(streams).mean(-2), None
+
+        def post(self, streams: Tensor, branch: Tensor, mix: Any) -> Tensor:
+            calls.append("post")
+            return self._all(streams) + branch.unsqueeze(-2)
+
+    model, inputs = load()
+    want = model(**inputs)
+    mhcify(model, inputs)
+    PEERS["plain"] = Plain
+    try:
+        convert_sites(model, "plain")
+    finally:
+        del PEERS["plain"]
+    torch.testing.assert_close(model(**inputs), want)
+    assert calls == ["pre", "post", "pre", "post"]
+
+
+def test_a_peer_that_can_t_run_says_why() -> None:
+    model, inputs = load()
+    mhcify(model, inputs)
+    with pytest.raises(PeerError, match="liger-kernel: it runs on cuda only"):
+        convert_sites(model, "liger-kernel")
+    assert sum(isinstance(m, HyperConnection) for m in model.modules()) == 2

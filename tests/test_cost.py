@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import mhc_rewrite
 from mhc_rewrite import HyperConnection, MHCConfig
 from mhc_rewrite import cost as costs
-from mhc_rewrite.bench import saved_bytes
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cost import FUSIONS, C, Cost, Device, L, L_r, M, Stream, T, best_segment, cost, estimate, n, s, t_max
 from mhc_rewrite.errors import ConfigError
@@ -30,6 +29,22 @@ MHC = Cost(MHCConfig(), (Stream(width=10, sites=12, modules=12, itemsize=4),))
 
 def equal(formula: Any, expected: Any) -> bool:
     return sympy.expand(formula - expected) == 0
+
+
+def saved_bytes(step: Callable[[], Any], models: Sequence[nn.Module]) -> int:
+    """Bytes of what one step keeps from forward to backward, each piece of memory once, parameters apart."""
+    own = {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
 
 
 # Traffic -------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ Parameters = Annotated[
 
 
 def register(
-    app: typer.Typer, show: Callable[[RenderableType], None], working: Callable[[str], AbstractContextManager[None]]
+    app: typer.Typer, show: Callable[[RenderableType], None], working: Callable[[str], AbstractContextManager[Any]]
 ) -> None:
     """Adds the command to an app. `show` prints; what is done within `working` fails with one message."""
 

@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Optional
 
 import typer
@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 import mhc_rewrite
-from mhc_rewrite.cli import cost, listing, spec
+from mhc_rewrite.cli import bench, cost, listing, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.errors import MHCError
@@ -153,12 +153,15 @@ def _tell(message: Text) -> None:
 
 
 @contextlib.contextmanager
-def _working(what: str) -> Iterator[None]:
-    """While a model is at work: its prints go to stderr, warnings and errors become one message each."""
+def _working(what: str) -> Iterator[Callable[[str], None]]:
+    """While a model is at work: its prints go to stderr, warnings and errors become one message each.
+
+    Gives a function that is told what is being done.
+    """
     try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _spinner(what):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _spinner(what) as tell:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
-            yield
+            yield tell
     except (CommandError, MHCError) as error:
         _tell(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(error.exit_code if isinstance(error, CommandError) else 1) from error
@@ -169,19 +172,20 @@ def _show_warning(message: Warning | str, *place: Any) -> None:
 
 
 @contextlib.contextmanager
-def _spinner(what: str) -> Iterator[None]:
+def _spinner(what: str) -> Iterator[Callable[[str], None]]:
     """On a terminal, and only after a while, says on stderr what is being done."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield
+        yield lambda doing: None
         return
     # Live would put its own objects in place of sys.stdout and sys.stderr, from the timer's thread: not here.
-    live = Live(Spinner("dots", what), console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    spinner = Spinner("dots", what)
+    live = Live(spinner, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
     timer = threading.Timer(PATIENCE, live.start)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield lambda doing: spinner.update(text=f"{what}: {doing}")
     finally:
         timer.cancel()
         timer.join()
@@ -189,6 +193,7 @@ def _spinner(what: str) -> Iterator[None]:
 
 
 cost.register(app, _show, _working)
+bench.register(app, _show, _working)
 
 if __name__ == "__main__":
     app()

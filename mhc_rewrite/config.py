@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.errors import ConfigError
@@ -14,6 +14,8 @@ from mhc_rewrite.kernels.kinds import MAX_STREAMS
 VERSION = 1
 INITS = ("preserve", "paper")
 COLLAPSES = ("mean", "sum")
+
+Recompute = int | Literal["auto"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,9 @@ class MHCConfig:
         exclude: patterns of sites to leave as plain residual adds.
         min_sites: streams with fewer sites are left alone, an int >= 1.
         eps_norm: epsilon under the root of the RMS norm [14, 15].
+        recompute: in eager training keep the stream state only at the first of this many consecutive sites, and make
+            the rest again in backward; `"auto"` takes the number that keeps least, None keeps all. Compiled models
+            take it as an option of the backend `"mhc"`.
 
     Raises:
         ConfigError: a value is out of range, or two options contradict each other.
@@ -44,6 +49,7 @@ class MHCConfig:
     exclude: tuple[str, ...] = ()
     min_sites: int = 2
     eps_norm: float = 1e-6
+    recompute: Recompute = None
 
     def __post_init__(self) -> None:
         for field in ("include", "exclude"):
@@ -61,6 +67,7 @@ class MHCConfig:
         number = isinstance(self.eps_norm, (int, float)) and not isinstance(self.eps_norm, bool)
         if not (number and 0 < self.eps_norm < math.inf):
             raise ConfigError(f"eps_norm must be a positive number, not {self.eps_norm!r}.")
+        check_recompute(self.recompute)
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(
                 "collapse='sum' multiplies the output by n_streams, so it contradicts init='preserve'. "
@@ -110,3 +117,15 @@ class MHCConfig:
         if unknown := sorted(set(fields) - set(known)):
             raise ConfigError(f"Unknown option {unknown[0]!r}. The options are: {', '.join(known)}.")
         return cls(**fields)
+
+
+def check_recompute(recompute: Any) -> Recompute:
+    """The option as given, if it can be used.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    is_length = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute >= 1
+    if recompute is None or recompute == "auto" or is_length:
+        return recompute
+    raise ConfigError(f'recompute must be a number of sites from 1 on, "auto" or None, not {recompute!r}.')

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mhc_rewrite import recompute
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.kernels import ops, reference
@@ -105,13 +105,17 @@ class HyperConnection(KeepsPrecision):
         """The mean of what `post` gives over its streams."""
         if inside_function_transform():
             return collapse(self.post(streams, branch, mix), self.channel_dim, "mean")
-        y = ops.post_collapse(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
+        y = self._operators().post_collapse(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
         # Cloned, as the trunk may be written to behind the streams, which autograd forbids on an operator's result.
         return self._as_given(y).clone(memory_format=torch.contiguous_format)
 
-    @staticmethod
-    def _operators() -> ModuleType:
-        return reference if inside_function_transform() else ops
+    def _operators(self) -> Any:
+        if inside_function_transform():
+            return reference
+        length = self.config.recompute
+        if length is None or torch.compiler.is_compiling():
+            return ops
+        return recompute.Operators(1 if length == "auto" else length)
 
     def _operands(self, streams: torch.dtype) -> tuple[Any, ...]:
         """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype."""

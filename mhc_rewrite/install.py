@@ -7,6 +7,7 @@ So the model stays the model: `isinstance`, signatures, hooks, `state_dict` name
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
@@ -82,9 +83,10 @@ def install(model: nn.Module, analysis: Analysis) -> None:
     added: list[tuple[nn.Module, str]] = []
     try:
         for stream in analysis.plan.streams:
+            config = _of_stream(analysis.plan.config, stream)
             for index, site in enumerate(_each_site(stream)):
                 if not site.excluded:
-                    _add_site(model, site, index, analysis.plan.config)
+                    _add_site(model, site, index, config)
                     added.append((model.get_submodule(site.holder), site.name.rpartition(".")[2]))
         roles = _roles(model, analysis)
         for name, role in roles.items():
@@ -124,6 +126,16 @@ def _restore(model: nn.Module) -> None:
 
 def _each_site(stream: ResidualStream) -> Iterable[ResidualSite]:
     return dict.fromkeys(stream.sites)
+
+
+def _of_stream(config: MHCConfig, stream: ResidualStream) -> MHCConfig:
+    """With a number of sites in place of `recompute="auto"`."""
+    if config.recompute != "auto":
+        return config
+    from mhc_rewrite.cost import best_segment  # sympy takes its time
+
+    calls = sum(not site.excluded for site in stream.sites)
+    return dataclasses.replace(config, recompute=best_segment(config.n_streams, max(1, calls)))
 
 
 def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig) -> None:

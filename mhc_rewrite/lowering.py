@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from mhc_rewrite.config import check_recompute
 from mhc_rewrite.passes import annotate_recompute as recomputation
-from mhc_rewrite.passes.annotate_recompute import annotate_recompute, check_recompute
+from mhc_rewrite.passes.annotate_recompute import annotate_recompute
 from mhc_rewrite.passes.fuse_boundaries import fuse_boundaries
 from mhc_rewrite.torch_private import inductor, joint_graph_pass, joint_graph_passes
 

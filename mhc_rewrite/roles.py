@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mhc_rewrite import streams
+from mhc_rewrite import recompute, streams
 from mhc_rewrite.analysis import CarrierWiring
 from mhc_rewrite.capture.call import CallShape, describe, flatten
 from mhc_rewrite.capture.trace import ModuleGraph
@@ -134,7 +135,9 @@ class CarrierRole:
         variant = self.find(module, key, leaves, arriving, leaving)
         if variant is None:
             variant = self.learn(module, original, bound, key, leaves, arriving, leaving)
-        result, outgoing = variant.function(module, *leaves.values(), *variant.constants)
+        eager = self.config.recompute is not None and not torch.compiler.is_compiling()
+        with recompute.recomputation() if eager else contextlib.nullcontext():
+            result, outgoing = variant.function(module, *leaves.values(), *variant.constants)
         for number, tensor in zip(variant.outgoing, outgoing, strict=True):
             self.scopes[number].emit(tensor)
         for number in self.wiring.leaves:
@@ -299,6 +302,8 @@ class Role:
                 scope.depth -= 1
                 if scope.depth == 0:
                     scope.begin()  # keeps no tensor alive
+                    if not torch.compiler.is_compiling():
+                        recompute.forget()
         return result
 
 

@@ -73,6 +73,15 @@ def inside_function_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def saved_tensors_hooks_on_top() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The pair of hooks that autograd asks about what it saves now: the innermost; None without any.
+
+    torch.autograd.graph sets such hooks and torch.utils.checkpoint works by them; neither says whether they are set.
+    Should the call go, `None` is right but for those, which would then be bypassed.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """Inductor as a backend of `torch.compile` with these options, checked as `torch.compile` checks them.
 

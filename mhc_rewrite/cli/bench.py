@@ -180,7 +180,7 @@ def _check_folder(path: Path | None) -> None:
 def _settings(workload: Workload, model: str, rounds: int) -> dict[str, str]:
     built, inputs = workload.load()
     args, kwargs = example_call(built, inputs)
-    named: dict[Any, Any] = kwargs or dict(enumerate(args))
+    named = kwargs or {str(k): value for k, value in enumerate(args)}
     shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in named.items() if isinstance(v, Tensor))
     where = f"{torch.get_num_threads()} threads, C++ kernels: {'yes' if cpu.available() else 'no'}"
     return {

@@ -22,19 +22,18 @@ import operator
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.config import Recompute, check_recompute
 from mhc_rewrite.kernels.kinds import streams_of
 from mhc_rewrite.passes.fuse_boundaries import BOUNDARY, POST, PRE
 
 log = logging.getLogger(__name__)
 
-Recompute = int | Literal["auto"] | None
 SEGMENT = "mhc_segment"  # in a node's meta["custom"], which torch carries into the joint graph
 
 _PHI: dict[Any, int] = {PRE: 1, BOUNDARY: 4}  # the place of phi in the arguments
@@ -57,18 +56,6 @@ class Segments:
     @property
     def modified(self) -> bool:
         return bool(self.lengths)
-
-
-def check_recompute(recompute: Any) -> Recompute:
-    """The option as given, if it can be used.
-
-    Raises:
-        ConfigError: it can't.
-    """
-    is_length = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute >= 1
-    if recompute is None or recompute == "auto" or is_length:
-        return recompute
-    raise ConfigError(f'recompute must be a number of sites from 1 on, "auto" or None, not {recompute!r}.')
 
 
 def annotate_recompute(graph_module: fx.GraphModule, example_inputs: Any = None, *, recompute: Recompute) -> Segments:

@@ -1,0 +1,245 @@
+"""Recomputation in eager execution: of every segment of sites the first state is kept, the rest is made again.
+
+While a carrier's rewritten forward runs, hooks see what autograd is about to save. What a site has made (X, u, H_post,
+H_res) is recognised by its memory, whoever saves it, and a note of where it comes from is kept in its place. When
+backward asks for the first of a segment, the segment's operators run once more, from its first state and the blocks'
+outputs, which are kept; blocks never run again. A state that something has changed on the way from one site to the next
+(a norm or dropout on the trunk) begins a segment. Source: arXiv:2512.24880, eq. 20.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhc_rewrite.kernels import ops
+from mhc_rewrite.torch_private import inside_function_transform, saved_tensors_hooks_on_top
+
+X = 0  # of what is made at a site: X, u, H_post, H_res
+
+
+# -- how states come about ---------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Segment:
+    """Sites whose states are made from the first one's.
+
+    Attributes:
+        states: in the order of their calls.
+        handles: what autograd holds in place of what the sites made.
+        pending: those of them that backward has not asked for since the last replay.
+        made: what the last replay made, until all of it was asked for.
+    """
+
+    states: list[State] = field(default_factory=list)
+    handles: weakref.WeakSet[Handle] = field(default_factory=weakref.WeakSet)
+    pending: weakref.WeakSet[Handle] = field(default_factory=weakref.WeakSet)
+    made: dict[tuple[State, int], Tensor] = field(default_factory=dict)
+
+    def give(self, handle: Handle) -> Tensor:
+        """What a handle stands for. One that asks again belongs to another backward, and all is made again."""
+        if handle not in self.pending:
+            self._replay()
+        self.pending.discard(handle)
+        value = self.made[handle.state, handle.output]
+        if not self.pending:
+            self.made = {}
+        return value
+
+    @torch.no_grad()
+    def _replay(self) -> None:
+        made: dict[State, tuple[Any, ...]] = {}
+        for state in self.states:
+            if state.before is None:
+                made[state] = state.kept, *ops.pre(state.kept, *state.operands)
+                continue
+            streams, _, *mix = made[state.before][:4]
+            if state.operands:
+                made[state] = ops.boundary(streams, state.kept, *mix, *state.operands)
+            else:
+                made[state] = (ops.post(streams, state.kept, *mix),)
+        self.pending = weakref.WeakSet(self.handles)
+        wanted = {(handle.state, handle.output) for handle in self.pending}
+        self.made = {(state, output): made[state][output] for state, output in wanted}
+
+
+@dataclass(eq=False)
+class State:
+    """The state that a site reads, and where it comes from.
+
+    Attributes:
+        kept: a segment's first state itself; for others the output of the block before, from which `post` makes it.
+        before: the state of the site before; None for a segment's first.
+        segment: it belongs to.
+        operands: of this site's `pre`, once that was called.
+    """
+
+    kept: Tensor
+    before: State | None = None
+    segment: Segment = field(default_factory=Segment)
+    operands: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.kept = self.kept.detach()  # of the graph, which holds this, nothing
+        self.position: int = 0 if self.before is None else self.before.position + 1
+        self.segment.states.append(self)
+
+    def read_by(self, operands: tuple[Any, ...]) -> None:
+        self.operands = tuple(value.detach() if isinstance(value, Tensor) else value for value in operands)
+
+
+@dataclass(eq=False)
+class Handle:
+    """In place of a saved tensor: what it is a view of."""
+
+    state: State
+    output: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: Any
+
+    def __post_init__(self) -> None:
+        self.state.segment.handles.add(self)
+
+    def tensor(self) -> Tensor:
+        return self.state.segment.give(self).as_strided(self.size, self.stride, self.offset)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """A tensor that a site made, without its graph, and its version then."""
+
+    tensor: Tensor
+    version: int
+    state: State
+    output: int
+
+
+class _Thread(threading.local):
+    on: bool = False
+    # Of the last site that was called. Whatever saves them does so before the next site is called, or not at all.
+    at_hand: tuple[Made, ...] = ()
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recomputation() -> Iterator[None]:
+    """Around a carrier's forward. Where the user has such hooks, or a checkpoint, they hold and nothing is done."""
+    on_top = saved_tensors_hooks_on_top()
+    mine = on_top is not None and on_top[0] is _pack
+    before = _thread.on
+    _thread.on = torch.is_grad_enabled() and not inside_function_transform() and (mine or on_top is None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+    try:
+        with hooks if _thread.on and not mine else contextlib.nullcontext():
+            yield
+    finally:
+        _thread.on = before
+
+
+def forget() -> None:
+    """Where a stream has ended: no state may follow the last one."""
+    _thread.at_hand = ()
+
+
+def _pack(tensor: Tensor) -> Any:
+    for made in _thread.at_hand:
+        if made.output == X and made.state.before is None:
+            continue  # kept
+        if _same_memory(tensor, made) and tensor.dtype == made.tensor.dtype:
+            return Handle(made.state, made.output, tensor.size(), tensor.stride(), tensor.storage_offset())
+    return tensor, tensor._version
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Handle):
+        return packed.tensor()
+    tensor, version = packed
+    if tensor._version != version:  # with hooks autograd does not look
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version}."
+        )
+    return tensor
+
+
+def _same_memory(tensor: Tensor, made: Made) -> bool:
+    mine, its = tensor.untyped_storage(), made.tensor.untyped_storage()
+    return mine.data_ptr() == its.data_ptr() and made.tensor._version == made.version and made.tensor.numel() > 0
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Those of kernels/ops.py, with an account of what they make; segments have `length` sites."""
+
+    length: int
+
+    def pre(self, streams: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        outputs = ops.pre(streams, *operands)
+        if _thread.on:
+            state = _state((streams, X))
+            if state is None or state.operands:
+                state = State(streams)
+            state.read_by(operands)
+            _hand_on(state, streams, *outputs[:3])
+        return outputs
+
+    def post(self, streams: Tensor, branch: Tensor, *mix: Tensor) -> Tensor:
+        made = ops.post(streams, branch, *mix)
+        if _thread.on:
+            _hand_on(self._next(streams, branch, mix, made), made)
+        return made
+
+    def boundary(
+        self, streams: Tensor, branch: Tensor, h_post: Tensor, h_res: Tensor, *operands: Any
+    ) -> tuple[Tensor, ...]:
+        outputs = ops.boundary(streams, branch, h_post, h_res, *operands)
+        if _thread.on:
+            state = self._next(streams, branch, (h_post, h_res), outputs[X])
+            state.read_by(operands)
+            _hand_on(state, *outputs[:4])
+        return outputs
+
+    def post_collapse(self, streams: Tensor, branch: Tensor, *mix: Tensor) -> Tensor:
+        """Ends the stream."""
+        return ops.post_collapse(streams, branch, *mix)
+
+    def _next(self, streams: Tensor, branch: Tensor, mix: tuple[Tensor, ...], made: Tensor) -> State:
+        before = _state((streams, X), (mix[0], X + 2), (mix[1], X + 3))
+        if before is None or before.position + 1 == self.length:
+            return State(made)
+        return State(branch, before, before.segment)
+
+
+def _hand_on(state: State, *tensors: Tensor) -> None:
+    detached = [tensor.detach() for tensor in tensors]
+    _thread.at_hand = tuple(Made(tensor, tensor._version, state, output) for output, tensor in enumerate(detached))
+
+
+def _state(*places: tuple[Tensor, int]) -> State | None:
+    """The state of the last site, if these tensors are what it made, whole and unchanged."""
+    for tensor, output in places:
+        made = _thread.at_hand[output] if output < len(_thread.at_hand) else None
+        if made is None or not _same_memory(tensor, made) or not _same_form(tensor, made.tensor):
+            return None
+    return _thread.at_hand[X].state
+
+
+def _same_form(tensor: Tensor, other: Tensor) -> bool:
+    mine, its = ((t.dtype, t.size(), t.stride(), t.storage_offset()) for t in (tensor, other))
+    return mine == its

@@ -30,44 +30,43 @@ X = 0  # of what is made at a site: X, u, H_post, H_res
 
 @dataclass(eq=False)
 class Segment:
-    """Sites whose states are made from the first one's.
+    """Sites whose states are made from the first one's. It holds none of them: a cycle would keep memory for longer.
 
     Attributes:
-        states: in the order of their calls.
         handles: what autograd holds in place of what the sites made.
         pending: those of them that backward has not asked for since the last replay.
-        made: what the last replay made, until all of it was asked for.
+        made: what the last replay made, until all of it was asked for; by the state's id and the output.
     """
 
-    states: list[State] = field(default_factory=list)
     handles: weakref.WeakSet[Handle] = field(default_factory=weakref.WeakSet)
     pending: weakref.WeakSet[Handle] = field(default_factory=weakref.WeakSet)
-    made: dict[tuple[State, int], Tensor] = field(default_factory=dict)
+    made: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def give(self, handle: Handle) -> Tensor:
         """What a handle stands for. One that asks again belongs to another backward, and all is made again."""
         if handle not in self.pending:
             self._replay()
         self.pending.discard(handle)
-        value = self.made[handle.state, handle.output]
+        value = self.made[id(handle.state), handle.output]
         if not self.pending:
             self.made = {}
         return value
 
     @torch.no_grad()
     def _replay(self) -> None:
-        made: dict[State, tuple[Any, ...]] = {}
-        for state in self.states:
-            if state.before is None:
-                made[state] = state.kept, *ops.pre(state.kept, *state.operands)
-                continue
-            streams, _, *mix = made[state.before][:4]
-            if state.operands:
-                made[state] = ops.boundary(streams, state.kept, *mix, *state.operands)
-            else:
-                made[state] = (ops.post(streams, state.kept, *mix),)
         self.pending = weakref.WeakSet(self.handles)
-        wanted = {(handle.state, handle.output) for handle in self.pending}
+        wanted = {(id(handle.state), handle.output) for handle in self.pending}
+        states = {state for handle in self.pending for state in handle.state.and_before()}
+        made: dict[int, tuple[Any, ...]] = {}
+        for state in sorted(states, key=lambda state: state.position):
+            if state.before is None:
+                made[id(state)] = state.kept, *ops.pre(state.kept, *state.operands)
+                continue
+            streams, _, *mix = made[id(state.before)][:4]
+            if state.operands:
+                made[id(state)] = ops.boundary(streams, state.kept, *mix, *state.operands)
+            else:
+                made[id(state)] = (ops.post(streams, state.kept, *mix),)
         self.made = {(state, output): made[state][output] for state, output in wanted}
 
 
@@ -88,9 +87,15 @@ class State:
     operands: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        self.kept = self.kept.detach()  # of the graph, which holds this, nothing
+        self.kept = self.kept.detach()  # the memory, not the graph that made it
         self.position: int = 0 if self.before is None else self.before.position + 1
-        self.segment.states.append(self)
+
+    def and_before(self) -> Iterator[State]:
+        """This state and those that it is made from."""
+        state: State | None = self
+        while state is not None:
+            yield state
+            state = state.before
 
     def read_by(self, operands: tuple[Any, ...]) -> None:
         self.operands = tuple(value.detach() if isinstance(value, Tensor) else value for value in operands)
@@ -117,10 +122,9 @@ class Handle:
 
 
 class Made(NamedTuple):
-    """A tensor that a site made, without its graph, and its version then."""
+    """A tensor that a site made, without its graph. Nobody writes to it: of operators' results autograd forbids that."""
 
     tensor: Tensor
-    version: int
     state: State
     output: int
 
@@ -177,7 +181,7 @@ def _unpack(packed: Any) -> Tensor:
 
 def _same_memory(tensor: Tensor, made: Made) -> bool:
     mine, its = tensor.untyped_storage(), made.tensor.untyped_storage()
-    return mine.data_ptr() == its.data_ptr() and made.tensor._version == made.version and made.tensor.numel() > 0
+    return mine.data_ptr() == its.data_ptr() and made.tensor.numel() > 0
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -227,8 +231,7 @@ class Operators:
 
 
 def _hand_on(state: State, *tensors: Tensor) -> None:
-    detached = [tensor.detach() for tensor in tensors]
-    _thread.at_hand = tuple(Made(tensor, tensor._version, state, output) for output, tensor in enumerate(detached))
+    _thread.at_hand = tuple(Made(tensor.detach(), state, output) for output, tensor in enumerate(tensors))
 
 
 def _state(*places: tuple[Tensor, int]) -> State | None:

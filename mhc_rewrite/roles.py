@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -135,14 +134,23 @@ class CarrierRole:
         variant = self.find(module, key, leaves, arriving, leaving)
         if variant is None:
             variant = self.learn(module, original, bound, key, leaves, arriving, leaving)
-        eager = self.config.recompute is not None and not torch.compiler.is_compiling()
-        with recompute.recomputation() if eager else contextlib.nullcontext():
-            result, outgoing = variant.function(module, *leaves.values(), *variant.constants)
+        result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
         for number, tensor in zip(variant.outgoing, outgoing, strict=True):
             self.scopes[number].emit(tensor)
         for number in self.wiring.leaves:
             self.scopes[number].open = number in variant.outgoing
         return result
+
+    def run(self, variant: Variant, *arguments: Any) -> Any:
+        """The rewritten forward; under torch.compile the backend decides what is recomputed."""
+        if self.config.recompute is None or torch.compiler.is_compiling():
+            return variant.function(*arguments)
+        try:
+            with recompute.recomputation():
+                return variant.function(*arguments)
+        finally:
+            if not any(scope.depth for scope in self.scopes.values()):
+                recompute.forget()
 
     def arriving(self, leaves: dict[str, Any]) -> tuple[int, ...]:
         """The streams that come in as streams: their tensor has one axis more than the trunk."""

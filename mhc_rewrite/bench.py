@@ -58,7 +58,8 @@ class Workload:
 
     Attributes:
         load: called in fresh processes too, so it has to be picklable: a function of a module, or a partial of one.
-        config: of the conversion. Its sites' parameters are perturbed: at the start H_* are special.
+        config: of the conversion; its `recompute` is that of the backend "mhc" too. The sites' parameters are
+            perturbed: at the start H_* are special.
         training: a training step (forward, backward of a mean of squares, gradients dropped) in train mode; else a
             forward pass under no_grad in eval mode.
         autocast: dtype of torch.autocast around the forward.
@@ -200,7 +201,7 @@ def _step(
     args, kwargs = arguments
     run: Callable[..., Any] = model
     if backend == MHC:
-        run = compile_mhc(model)
+        run = compile_mhc(model, options={"recompute": workload.config.recompute})
     elif backend != EAGER:
         run = torch.compile(model, backend=backend)
 

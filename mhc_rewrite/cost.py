@@ -196,6 +196,22 @@ class Cost:
         return (n + 2) * C * T * L_r
 
     @property
+    def peak(self) -> sympy.Expr:
+        """Bytes that a stream adds to the peak memory of a training step where nothing is recomputed.
+
+        The peak is taken to be at the start of backward, as it is where a model has many layers.
+        """
+        return self.kept.bytes
+
+    @property
+    def peak_in_segments(self) -> sympy.Expr:
+        """The same where all that lies between blocks is recomputed.
+
+        Of blocks that keep their input, as those do that begin with a norm: it is made again.
+        """
+        return self.kept_in_segments.bytes + s * (self.transient - C * T * L)
+
+    @property
     def cut(self) -> sympy.Expr:
         """Bytes that pass a pipeline's cut between two sites; after the expansion, before any site, it is 1/n of it."""
         return s * n * C * T

@@ -122,7 +122,7 @@ class Handle:
 
 
 class Made(NamedTuple):
-    """A tensor that a site made, without its graph. Nobody writes to it: of operators' results autograd forbids that."""
+    """A tensor that a site made, without its graph. Nobody writes to it: autograd forbids that for operators' results."""
 
     tensor: Tensor
     state: State

@@ -25,6 +25,7 @@ CHANGED = MHCConfig(
     exclude=("layers.0", "layers.1.mhc_0"),
     min_sites=5,
     eps_norm=1e-20,
+    recompute=3,
 )
 
 
@@ -39,6 +40,7 @@ def test_defaults() -> None:
         "exclude": (),
         "min_sites": 2,
         "eps_norm": 1e-6,
+        "recompute": None,
     }
 
 

@@ -70,6 +70,14 @@ On = Annotated[
     Optional[Device],  # noqa: UP045
     typer.Option("--device", help="Where it runs.", show_default="cuda where there is one"),
 ]
+Recompute = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="L_r|auto",
+        show_default="off",
+        help="Keep the stream state only at the first of this many consecutive sites; auto: of as many as keep least.",
+    ),
+]
 Compiled = Annotated[bool, typer.Option(help="With torch.compile too.")]
 Peers = Annotated[bool, typer.Option("--peers", help=f"With the sites of other packages: {', '.join(PEERS)}.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; in each everything runs once.")]
@@ -102,7 +110,7 @@ def register(
     @app.command("bench")
     def print_bench(
         model: Model, n: Streams = 4, batch: Batch = None, length: Length = None, training: Training = True,
-        autocast: Cast = None, device: On = None, compiled: Compiled = True, peers: Peers = False,
+        autocast: Cast = None, recompute: Recompute = None, device: On = None, compiled: Compiled = True, peers: Peers = False,
         rounds: Rounds = 15, threads: Threads = None, fresh: Fresh = True, json_file: Json = None, csv_file: Csv = None,
         plot: Plot = None, config: Settings = None,
     ) -> None:  # fmt: skip
@@ -115,7 +123,7 @@ def register(
             if threads:
                 torch.set_num_threads(threads)
             workload = Workload(
-                functools.partial(load, model, tuple(config or ()), batch, length), MHCConfig(n_streams=n), training,
+                functools.partial(load, model, tuple(config or ()), batch, length), MHCConfig(n_streams=n, recompute=_recompute(recompute)), training,
                 AUTOCAST[autocast] if autocast else None, on,
             )  # fmt: skip
             backends = [benchmark.EAGER, benchmark.MHC] if compiled else [benchmark.EAGER]
@@ -166,6 +174,10 @@ def _device(asked: Device | None) -> str:
     return asked.value if asked else "cuda" if there else "cpu"
 
 
+def _recompute(text: str | None) -> Any:
+    return int(text) if text and text.isdigit() else text
+
+
 def _ready(device: str) -> tuple[list[str], dict[str, str]]:
     """The peers that can run here, and why the others can't."""
     missing = {name: why for name, peer in PEERS.items() if (why := peer.missing(device))}
@@ -187,7 +199,8 @@ def _settings(workload: Workload, model: str, rounds: int) -> dict[str, str]:
         "model": f"{model}, {sum(p.numel() for p in built.parameters()):,} parameters, n = {workload.config.n_streams}",
         "inputs": shapes,
         "step": ("forward and backward" if workload.training else "forward")
-        + (f", autocast {workload.autocast}" if workload.autocast else ""),
+        + (f", autocast {workload.autocast}" if workload.autocast else "")
+        + (f", recompute {workload.config.recompute}" if workload.config.recompute else ""),
         "on": f"torch {torch.__version__}, "
         + (torch.cuda.get_device_name() if workload.device == "cuda" else where),
         "figures": f"medians of {rounds} interleaved rounds; ratios over the original, eager or compiled",

@@ -122,7 +122,7 @@ class Handle:
 
 
 class Made(NamedTuple):
-    """A tensor that a site made, without its graph. Nobody writes to it: autograd forbids that for operators' results."""
+    """A tensor that a site made, without its graph. Autograd lets nobody write to it."""
 
     tensor: Tensor
     state: State

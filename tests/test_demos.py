@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(name: str, folder: Path, *arguments: str) -> str:
-    """What a demo prints with --quick, started in another folder."""
-    command = [sys.executable, str(DEMOS / name), "--quick", *arguments]
+    """What a demo prints in its short setting, started in another folder."""
+    command = [sys.executable, str(DEMOS / name), *(arguments or ["--quick"])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Long enough for the C++ kernels to be built where that has not been done yet.
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
@@ -118,7 +119,7 @@ def test_convert_llama_fails_on_a_model_whose_cache_is_broken(
 
 
 def test_train_bytes(tmp_path: Path) -> None:
-    printed = run("train_bytes.py", tmp_path, "--output", "curves")
+    printed = run("train_bytes.py", tmp_path, "--quick", "--output", "curves")
     assert "Decoder: 8 sites in 1 stream" in printed
     found = errors(printed)
     assert len(found) == 2 and max(found) <= 1e-5
@@ -145,3 +146,25 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
     """A demo as a module."""
     monkeypatch.syspath_prepend(str(DEMOS))
     return importlib.import_module(name)
+
+
+SMALL = "--layers", "1", "--width", "24", "--length", "8", "--threads", "1"
+
+
+def test_compile_and_bench(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    printed = run("compile_and_bench.py", tmp_path, *SMALL, "--rounds", "1", "--no-fresh", "--json", str(figures))
+    measured = json.loads(figures.read_text())
+    workloads = list(dict.fromkeys(row["workload"] for row in measured))
+    assert len(workloads) == 4 and all(f"\n{workload}\n" in printed for workload in workloads)
+    ways = [(row["model"], row["backend"]) for row in measured[:4]]
+    assert ways == [("original", "eager"), ("original", "inductor"), ("converted", "eager"), ("converted", "mhc")]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in measured)
+
+
+def test_memory(tmp_path: Path) -> None:
+    """The states that are kept are those that the cost model says, and the rest does not depend on L_r."""
+    printed = run("memory.py", tmp_path, "--layers", "4", "--width", "24", "--length", "8", "--no-memory")
+    rows = [cells(printed, name) for name in ("L_r = 1", "L_r = 2", "L_r = 4", "L_r = auto")]
+    assert [float(row[0]) for row in rows] == [12.0, 4.0, 0.0, 4.0]
+    assert all(float(row[0]) == float(row[-1]) for row in rows) and len({tuple(row[1:4]) for row in rows}) == 1

@@ -110,9 +110,9 @@ def register(
     @app.command("bench")
     def print_bench(
         model: Model, n: Streams = 4, batch: Batch = None, length: Length = None, training: Training = True,
-        autocast: Cast = None, recompute: Recompute = None, device: On = None, compiled: Compiled = True, peers: Peers = False,
-        rounds: Rounds = 15, threads: Threads = None, fresh: Fresh = True, json_file: Json = None, csv_file: Csv = None,
-        plot: Plot = None, config: Settings = None,
+        autocast: Cast = None, recompute: Recompute = None, device: On = None, compiled: Compiled = True,
+        peers: Peers = False, rounds: Rounds = 15, threads: Threads = None, fresh: Fresh = True,
+        json_file: Json = None, csv_file: Csv = None, plot: Plot = None, config: Settings = None,
     ) -> None:  # fmt: skip
         """Time a model beside its conversion: eager, compiled, and with other packages' sites."""
         with working(f"Measuring {model}") as tell:
@@ -122,10 +122,9 @@ def register(
             on = _device(device)
             if threads:
                 torch.set_num_threads(threads)
-            workload = Workload(
-                functools.partial(load, model, tuple(config or ()), batch, length), MHCConfig(n_streams=n, recompute=_recompute(recompute)), training,
-                AUTOCAST[autocast] if autocast else None, on,
-            )  # fmt: skip
+            load_it = functools.partial(load, model, tuple(config or ()), batch, length)
+            options = MHCConfig(n_streams=n, recompute=_recompute(recompute))
+            workload = Workload(load_it, options, training, AUTOCAST[autocast] if autocast else None, on)
             backends = [benchmark.EAGER, benchmark.MHC] if compiled else [benchmark.EAGER]
             ready, missing = _ready(on) if peers else ([], {})
             measured = benchmark.bench(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite import HyperConnection, MHCConfig, mhcify
+from mhc_rewrite import HyperConnection, MHCConfig, mhcify, plan
 from mhc_rewrite.bench import FRESH_MEMORY, Workload, bench, in_a_fresh_process, perturb, ways
+from mhc_rewrite.cost import cost
 from mhc_rewrite.errors import PeerError
 from mhc_rewrite.peers import PEERS, HyperConnections, PeerSite, convert_sites
 
@@ -114,6 +117,21 @@ def test_compilation_is_measured_without_caches() -> None:
 def test_an_error_in_a_fresh_process_is_the_caller_s() -> None:
     with pytest.raises(PeerError, match="There is no peer 'other'"):
         in_a_fresh_process(Workload(load), "other", "eager")
+
+
+@linux
+@pytest.mark.slow
+def test_peak_memory_is_the_cost_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak over the original's, 24 sites, with and without recomputation: within 10 %."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "demos"))
+    gpt = functools.partial(importlib.import_module("compile_and_bench").load, 12, 384, 512)
+    of, tokens = cost(plan(*gpt())), 2 * 512
+    original = in_a_fresh_process(Workload(gpt), "original", "eager")["peak"]
+    for recompute, formula in ((None, of.peak), ("auto", of.peak_in_segments)):
+        workload = Workload(gpt, MHCConfig(recompute=recompute))
+        ratio = in_a_fresh_process(workload, "converted", "eager")["peak"] / original
+        expected = 1 + of.evaluate(formula, tokens=tokens) / original
+        assert ratio == pytest.approx(expected, rel=0.1) and expected > 1.2, recompute
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------

@@ -272,6 +272,8 @@ def test_kept_is_the_specification_s() -> None:
     assert equal(kept.states + kept.outputs, T * (n * C * sympy.ceiling(L / L_r) + C * L - (n - 1) * C))
     assert equal(kept.coefficients, T * L * (n**2 + 2 * n + 1))
     assert equal(MHC.transient, T * (n + 2) * C * L_r)
+    assert equal(MHC.peak, MHC.kept.bytes)
+    assert equal(MHC.peak_in_segments, MHC.kept_in_segments.bytes + s * T * C * ((n + 2) * L_r - L))
     assert equal(MHC.kept.states, kept.states.subs(L_r, 1))
     assert equal(MHC.cut, s * n * C * T)
 

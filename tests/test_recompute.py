@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mhc_rewrite
 from families_text import BY_NAME
@@ -198,3 +199,58 @@ def test_beside_the_users_own_checkpoints_and_passes() -> None:
     calls: list[Any] = []
     run = compiled(model, 2, joint_custom_pre_pass=calls.append)
     assert worst(step(model, run, inputs()), want) <= 1e-3 and calls
+
+
+# What a forward notes on modules, here the account of the streams, need not be noted again in backward.
+NOT_REPLAYED = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+
+
+class Checkpointed(Stack):
+    """Every layer under the user's own checkpoint, once they say so."""
+
+    checkpointing = False
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return self.norm(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", (None, 2))
+@NOT_REPLAYED
+def test_layers_that_the_user_checkpoints(recompute: int | None) -> None:
+    torch.manual_seed(0)
+    model = mhcify(Checkpointed([Block(nn.Identity()) for _ in range(2)]), (inputs(),))
+    perturb(model)
+    want = step(model, model, inputs())
+    model.checkpointing = True
+    run = compiled(model, recompute)
+    assert worst(step(model, run, inputs()), want) <= 1e-3
+    assert saved(model, run) < saved(model, compiled(blocks(4), recompute))
+
+
+@pytest.mark.slow
+@NOT_REPLAYED
+def test_transformers_gradient_checkpointing() -> None:
+    family = BY_NAME["GPT-2"]
+    args, kwargs = family.arguments(torch.float32)
+    results = []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        model = family.model(torch.float32)
+        mhcify(model, family.example(torch.float32))
+        perturb(model)
+        model.eval().requires_grad_()
+        if checkpointing:
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run = mhc_rewrite.compile(model, options={"recompute": 2}) if checkpointing else model
+        out = output(run(*args, **kwargs, use_cache=False))
+        torch.manual_seed(2)
+        (out * torch.randn_like(out)).sum().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert worst(results[1], results[0]) <= 1e-3

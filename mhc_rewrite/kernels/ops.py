@@ -137,7 +137,8 @@ def _post_collapse_backward(g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor,
     one_row = _collapsed(h_post, h_res)
     g_X, g_y, g_post, g_res = _post_backward(g_out.unsqueeze(-2), X, y, *one_row)
     n = h_post.shape[-1]
-    return g_X, g_y, (g_post / n).expand_as(h_post).contiguous(), (g_res / n).expand_as(h_res).contiguous()
+    # Expanded before the division: one launch each, as a copy behind it would be another.
+    return g_X, g_y, (g_post.expand_as(h_post) / n).contiguous(), (g_res.expand_as(h_res) / n).contiguous()
 
 
 def _boundary(

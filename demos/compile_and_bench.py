@@ -29,7 +29,7 @@ from mhc_rewrite.tables import bench_table
 
 console = Console(width=120)
 VOCABULARY, HEADS, BATCH = 1024, 12, 2
-FIRST = "training step, fp32"
+FIRST, DECODE = "training step, fp32", "decode, one token of each sequence, fp32"
 
 
 class Block(nn.Module):
@@ -95,7 +95,8 @@ def main(
     torch.set_num_threads(threads)
     backends = [EAGER, MHC] if compiled else [EAGER]
     console.print(
-        f"torch {torch.__version__}, {threads} threads, C++ kernels: {cpu.available()}; medians of {rounds} rounds"
+        f"torch {torch.__version__}, {threads} threads, C++ kernels: {cpu.available()}; "
+        f"medians of {rounds} rounds, {10 * rounds} for decode"
     )
     console.print("allocator: " + " ".join(f"{key}={value}" for key, value in KEEP_MEMORY.items()))
     console.print(f"GPT: {layers} layers, C = {width}, {BATCH} x {length} tokens, n = {n}")
@@ -105,16 +106,15 @@ def main(
         FIRST: Workload(sizes, config),
         "training step, bf16 autocast": Workload(sizes, config, autocast=torch.bfloat16),
         "prefill, fp32": Workload(sizes, config, training=False),
-        "decode, one token of each sequence, fp32": Workload(
-            functools.partial(sizes, decode=True), config, training=False
-        ),
+        DECODE: Workload(functools.partial(sizes, decode=True), config, training=False),
     }
     figures = []
     for what, workload in workloads.items():
         torch._dynamo.reset()
         with Console(stderr=True).status(what) as status:
             measured = bench(
-                workload, backends=backends, rounds=rounds, fresh=fresh and workload is workloads[FIRST],
+                workload, backends=backends, rounds=10 * rounds if what == DECODE else rounds,
+                fresh=fresh and what == FIRST,
                 progress=lambda doing, what=what, status=status: status.update(f"{what}: {doing}"),
             )  # fmt: skip
         console.print(f"\n[bold]{what}")

@@ -56,7 +56,7 @@ def graph_table(layers: int, width: int, length: int) -> Table:
     perturb(model)
     of = cost(mhc_rewrite.plan(load(layers, width, length)[0], inputs))
     sites = of.streams[0].sites
-    lengths = [None, *(k for k in (1, 2, 4) if k < sites), sites, "auto"]
+    lengths = [None, *(k for k in (1, 2, 4, 6) if k < sites), sites, "auto"]
     predicted: dict[str, int | None] = {"original": None}
     for recompute in lengths:
         name = "nothing recomputed" if recompute is None else f"L_r = {recompute}"

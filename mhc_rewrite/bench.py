@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mhc_rewrite.api import mhcify
 from mhc_rewrite.capture.example import example_call
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.errors import ExampleInputsError, MHCError
 from mhc_rewrite.hyper_connection import HyperConnection
 from mhc_rewrite.kernels import cpu
 from mhc_rewrite.lowering import compile as compile_mhc
@@ -131,7 +131,9 @@ def bench(
         progress: told what is being done.
 
     Raises:
-        MHCError: as `mhcify`; PeerError: a peer is not there.
+        MHCError: as `mhcify`.
+        ExampleInputsError: the model does not take the inputs.
+        PeerError: a peer is not there.
     """
     steps: dict[tuple[str, str], Callable[[], Any]] = {}
     loaded = _loaded(workload)
@@ -221,8 +223,17 @@ def _step(
     def forward() -> None:
         call(run)
 
-    with torch.no_grad():
-        call(model)  # torch.compile runs a converted model only as an eager call has shown it
+    try:
+        with torch.no_grad():
+            call(model)  # torch.compile runs a converted model only as an eager call has shown it
+    except MHCError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+        raise ExampleInputsError(
+            f"{type(model).__name__} can't be called with these inputs, of the shapes {shapes}: "
+            f"{type(error).__name__}: {error}. Give others, or other sizes."
+        ) from error
     return train if workload.training else forward
 
 
@@ -287,10 +298,11 @@ def _measure(workload: Workload, name: str, backend: str, threads: int, caches: 
     step = _step(workload, model, backend, loaded[1])
     first, later = (_clocked(step, workload.device) for _ in range(2))
     figures: dict[str, Any] = {"compilation": None if backend == EAGER else first - later}
-    if workload.device != "cuda" and sys.platform != "linux":
-        return figures
     gc.collect()
-    before = _reset(workload.device)
+    try:
+        before = _reset(workload.device)
+    except OSError:  # no Linux, or one that does not let a process begin its account anew
+        return figures
     if workload.training:
         step(lambda: figures.update(kept=_held(workload.device) - before))
     else:

@@ -115,6 +115,7 @@ class HyperConnection(KeepsPrecision):
         length = self.config.recompute
         if length is None or torch.compiler.is_compiling():
             return ops
+        # A conversion puts a number in place of "auto". A site by itself knows of no other.
         return recompute.Operators(1 if length == "auto" else length)
 
     def _operands(self, streams: torch.dtype) -> tuple[Any, ...]:

@@ -235,7 +235,7 @@ def _hand_on(state: State, *tensors: Tensor) -> None:
 
 
 def _state(*places: tuple[Tensor, int]) -> State | None:
-    """The state of the last site, if these tensors are what it made, whole and unchanged."""
+    """The state of the last site, if these tensors are what it made, whole."""
     for tensor, output in places:
         made = _thread.at_hand[output] if output < len(_thread.at_hand) else None
         if made is None or not _same_memory(tensor, made) or not _same_form(tensor, made.tensor):

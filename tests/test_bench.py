@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from mhc_rewrite import HyperConnection, MHCConfig, mhcify, plan
 from mhc_rewrite.bench import FRESH_MEMORY, Workload, bench, in_a_fresh_process, perturb, ways
 from mhc_rewrite.cost import cost
 from mhc_rewrite.errors import PeerError
-from mhc_rewrite.peers import PEERS, HyperConnections, PeerSite, convert_sites
+from mhc_rewrite.kernels import reference
+from mhc_rewrite.peers import PEERS, HyperConnections, Liger, PeerSite, convert_sites
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read as Linux gives it")
+linux = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the memory of a process is read as Linux gives it"
+)
 
 
 class Layer(nn.Module):
@@ -107,11 +111,16 @@ def test_memory_of_a_step() -> None:
     assert figures["kept"] < figures["peak"] < 6 * size
 
 
+def load_with_cold_caches() -> tuple[nn.Module, dict[str, Any]]:
+    assert os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == []
+    return load()
+
+
 @pytest.mark.slow
-def test_compilation_is_measured_without_caches() -> None:
-    workload = Workload(load, training=False)
-    first, again = (in_a_fresh_process(workload, "converted", "mhc")["compilation"] for _ in range(2))
-    assert first > 0.1 and again > 0.3 * first
+def test_compilation_starts_without_caches() -> None:
+    workload = Workload(load_with_cold_caches, training=False)
+    for _ in range(2):
+        assert in_a_fresh_process(workload, "converted", "mhc")["compilation"] > 0
 
 
 def test_an_error_in_a_fresh_process_is_the_caller_s() -> None:
@@ -138,7 +147,7 @@ def test_peak_memory_is_the_cost_model_s(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_peers_sites_take_over() -> None:
-    pytest.importorskip("hyper_connections", reason="hyper-connections is not installed: pip install hyper-connections")
+    pytest.importorskip("hyper_connections", reason="hyper-connections needs the extra `peers`")
     model, inputs = load()
     mhcify(model, inputs)
     convert_sites(model, "hyper-connections")
@@ -174,6 +183,31 @@ def test_a_peer_runs_pre_and_post_at_a_boundary() -> None:
         del PEERS["plain"]
     torch.testing.assert_close(model(**inputs), want)
     assert calls == ["pre", "post", "pre", "post"]
+
+
+def test_liger_is_called_as_its_kernels_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in of its functions on the reference: what is converted computes the same."""
+
+    def coefficients(X: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor, tmax: int, rms_eps: float, **_: Any) -> Any:
+        raw, _ = reference.project(X, phi, "mhc", rms_eps)
+        return reference.coefficients(raw, torch.stack(alphas), bias, "mhc", tmax)
+
+    functional = types.ModuleType(Liger.module)
+    functional.liger_mhc_coeffs = coefficients  # type: ignore[attr-defined]
+    functional.liger_mhc_pre = lambda X, h: (h.unsqueeze(-1) * X).sum(-2)  # type: ignore[attr-defined]
+    functional.liger_mhc_post_res = (  # type: ignore[attr-defined]
+        lambda X, y, h_post, h_res: h_res @ X + h_post.unsqueeze(-1) * y.unsqueeze(-2)
+    )
+    for module in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setitem(sys.modules, Liger.module, functional)
+    monkeypatch.setattr(Liger, "devices", ("cpu",))
+    model, inputs = load()
+    mhcify(model, inputs)
+    perturb(model, 0.3)
+    want = model(**inputs)
+    convert_sites(model, "liger-kernel")
+    torch.testing.assert_close(model(**inputs), want)
 
 
 def test_a_peer_that_can_t_run_says_why() -> None:

@@ -82,7 +82,7 @@ def test_options_reach_the_benchmark(folder: Path, asked: list[tuple[Workload, d
 
 
 def test_files(folder: Path, asked: object) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot needs the extra `demo`")
     result = run("bench", "nets.py:make", "--json", "a.json", "--csv", "a.csv", "--plot", "a.png")
     assert result.exit_code == 0, result.output
     data = json.loads((folder / "a.json").read_text())
@@ -108,7 +108,15 @@ def test_wrong_options(folder: Path, asked: object, arguments: tuple[str, ...], 
     assert result.exit_code in (1, 2) and f"error: {message}" in " ".join(result.stderr.split())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_inputs_that_the_model_does_not_take(folder: Path) -> None:
+    (folder / "words.py").write_text(TOKENS.replace("ids) * scale", "ids + 7) * scale"))
+    result = run("bench", "words.py:make", "--no-compiled", "--no-fresh")
+    assert result.exit_code == 1, result.output
+    said = " ".join(result.stderr.split())
+    assert "error: Tokens can't be called with these inputs, of the shapes (1, 3), (1, 1, 1): IndexError:" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
 def test_no_gpu(folder: Path) -> None:
     result = run("bench", "nets.py:make", "--device", "cuda")
     assert result.exit_code == 2 and "torch sees no GPU here" in result.stderr
@@ -126,7 +134,7 @@ def test_sizes(folder: Path, batch: int | None, length: int | None, ids: list[li
 
 
 def test_length_of_a_model_without_inputs() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="hf: models need the extra `hf`")
     _, inputs = command.load("hf:gpt2", (), 3, None)
     assert isinstance(inputs, dict) and isinstance(inputs["input_ids"], Tensor)
     assert inputs["input_ids"].shape == (3, 128)

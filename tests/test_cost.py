@@ -375,7 +375,7 @@ def test_parameters_are_those_of_the_model(streams: int, connection: str) -> Non
 
 
 def test_parameters_of_gpt2() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="hf: models need the extra `hf`")
     sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 16}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     before = sum(p.numel() for p in model.parameters())

@@ -23,6 +23,7 @@ from mhc_rewrite.bench import Inputs, Measured, Workload
 from mhc_rewrite.capture.example import example_call
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import CommandError, UsageError
+from mhc_rewrite.cli.options import Settings, Spec
 from mhc_rewrite.config import MAX_STREAMS, MHCConfig
 from mhc_rewrite.kernels import cpu
 from mhc_rewrite.peers import PEERS
@@ -47,14 +48,9 @@ class Autocast(str, enum.Enum):
 
 AUTOCAST = {Autocast.bf16: torch.bfloat16, Autocast.fp16: torch.float16}
 
-Model = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {spec.FORMS}.", show_default=False)]
-Settings = Annotated[
-    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
-    typer.Option("--config", metavar="KEY=VALUE", help="An option of the model's config or callable. Repeatable."),
-]
 Streams = Annotated[int, typer.Option("--n", min=2, max=MAX_STREAMS, help="Number of streams.")]
 Batch = Annotated[
-    Optional[int],  # noqa: UP045
+    Optional[int],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option(min=1, help="Rows of the example inputs, repeated or cut.", show_default="as they are"),
 ]
 Length = Annotated[
@@ -109,7 +105,7 @@ def register(
 
     @app.command("bench")
     def print_bench(
-        model: Model, n: Streams = 4, batch: Batch = None, length: Length = None, training: Training = True,
+        model: Spec, n: Streams = 4, batch: Batch = None, length: Length = None, training: Training = True,
         autocast: Cast = None, recompute: Recompute = None, device: On = None, compiled: Compiled = True,
         peers: Peers = False, rounds: Rounds = 15, threads: Threads = None, fresh: Fresh = True,
         json_file: Json = None, csv_file: Csv = None, plot: Plot = None, config: Settings = None,
@@ -125,12 +121,12 @@ def register(
             load_it = functools.partial(load, model, tuple(config or ()), batch, length)
             options = MHCConfig(n_streams=n, recompute=_recompute(recompute))
             workload = Workload(load_it, options, training, AUTOCAST[autocast] if autocast else None, on)
+            settings = _settings(workload, model, rounds)
             backends = [benchmark.EAGER, benchmark.MHC] if compiled else [benchmark.EAGER]
             ready, missing = _ready(on) if peers else ([], {})
             measured = benchmark.bench(
                 workload, backends=backends, peers=ready, rounds=rounds, fresh=fresh, progress=tell
             )
-            settings = _settings(workload, model, rounds)
             if json_file:
                 json_file.write_text(_as_json(settings, measured), encoding="utf-8")
             if csv_file:

@@ -17,6 +17,7 @@ import mhc_rewrite
 from mhc_rewrite import cost as costs
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import UsageError
+from mhc_rewrite.cli.options import Settings
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
 from mhc_rewrite.errors import ConfigError
@@ -29,15 +30,11 @@ Model = Annotated[
     str,
     typer.Argument(metavar="SPEC|paper", help=f"The model: {spec.FORMS}; or the paper's own, 27B.", show_default=False),
 ]
-Settings = Annotated[
-    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
-    typer.Option("--config", metavar="KEY=VALUE", help="An option of the model's config or callable. Repeatable."),
-]
 DeviceName = Annotated[str, typer.Option("--device", metavar="NAME", help="h100, a100, mi300x or cpu.")]
 Streams = Annotated[str, typer.Option("--n", metavar="N,N,...", help=f"Numbers of streams, 1 to {MAX_STREAMS}.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, for what grows with them.")]
 Parameters = Annotated[
-    Optional[float],  # noqa: UP045
+    Optional[float],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option(min=1, help="Parameters that a token uses, where these are not the model's own: of experts, say."),
 ]
 

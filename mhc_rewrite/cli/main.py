@@ -21,6 +21,7 @@ from rich.text import Text
 import mhc_rewrite
 from mhc_rewrite.cli import bench, cost, listing, spec
 from mhc_rewrite.cli.errors import CommandError
+from mhc_rewrite.cli.options import Settings, Spec
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.errors import MHCError
 from mhc_rewrite.tables import as_text
@@ -59,14 +60,9 @@ class PlanFormat(str, enum.Enum):
     json = "json"
 
 
-Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {spec.FORMS}.", show_default=False)]
-Settings = Annotated[
-    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
-    typer.Option("--config", metavar="KEY=VALUE", help="An option of the model's config or callable. Repeatable."),
-]
 Streams = Annotated[int, typer.Option("--n", min=1, max=MAX_STREAMS, help="Number of streams.")]
 Include = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option("--include", metavar="PATTERN", help="Rewrite only these sites or modules. Repeatable."),
 ]
 Exclude = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 COLUMNS = ("sites", "streams", "preserve_fp64", "preserve_fp32", "perturbed", "gradient", "moved")
 
@@ -25,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     define_torchvision_operators()
     # The tests are tiny: a second thread, or one for each worker, only waits.
     torch.set_num_threads(1)
+    # No test depends on how fast a machine is.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

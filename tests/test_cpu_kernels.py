@@ -22,11 +22,12 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler or 
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty buffers hold NaN: what a kernel does not write shows."""
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(Tensor, "new_empty", lambda t, *args, **kw: new_empty(t, *args, **kw).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda t: empty_like(t).fill_(torch.nan))
+def poisoned() -> Iterator[None]:
+    """Empty buffers hold NaN, those of C++ too: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ differentiates through them. Streams are fp32, bf16, fp16 or fp64; parameters an
 or not. `kind` is a name in `KINDS`. Every operator has a fake version and a gradient of its own operators, once.
 
 gpu.py runs them on a GPU, cpu.py on a CPU where its kernels could be built, and aten.py everything else: fp64, other
-devices, no tokens. `_kernels` decides. In compiled graphs an operator that a kernel runs stays whole, since fusing its
-aten would move more memory; the others become their aten, but for Sinkhorn-Knopp.
+devices, no tokens. `_kernels` decides. In compiled graphs an operator stays whole on a GPU, since fusing its aten would
+move more memory. Elsewhere it becomes what its body does: views around an operator of cpu.py, which is called without a
+step through Python, or aten but for Sinkhorn-Knopp.
 
 Expansion itself is a view and the collapse one mean: aten moves no more than they need, so they are no operators here.
 """
@@ -77,7 +78,7 @@ def _code() -> str:
     Compiled graphs are cached on disk by the calls in them. A call of this project's operators alone would not say
     which aten stood for it when the graph was compiled, or whether a kernel did.
     """
-    sources = "".join(inspect.getsource(module) for module in (aten, sys.modules[__name__]))
+    sources = "".join(inspect.getsource(module) for module in (aten, cpu, sys.modules[__name__]))
     return f"{hashlib.sha256(sources.encode()).hexdigest()[:12]}, CPU kernels: {cpu.available()}"
 
 
@@ -287,7 +288,7 @@ def _define(
         return fake(*args[:-1] if in_graphs else args)
 
     def whole(*args: Any) -> bool:
-        return _kernels(args[X], None if y is None else args[y], args[coefficients]) is not aten
+        return _kernels(args[X], None if y is None else args[y], args[coefficients]) is gpu
 
     schema = f"({arguments}{', str code' * in_graphs}) -> " + ("Tensor" if results == 1 else _tensors(results))
     name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"

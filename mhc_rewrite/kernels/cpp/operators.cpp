@@ -9,12 +9,16 @@
 // Names: T tokens; X holds M streams, n or 1 where all are equal; S streams of the state that is projected; C width;
 // K = n^2 + 2n columns, padded to KP; E the streams' element type and D the branch's.
 
-#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "coefficients.h"
@@ -271,7 +275,7 @@ void backward(int64_t T, const E* X, const Mix<E, D>* mix, int64_t S, int64_t C,
 }
 
 template <int N, class E, class D>
-void post(int64_t T, const Mix<E, D>& mix, E* out) {
+void mix_tokens(int64_t T, const Mix<E, D>& mix, E* out) {
   const bool past = goes_past(out, T * mix.rows, mix.C);
   parallel(T, parts_of(T), [&](int64_t, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) mix_out<N>(mix.at(t), out + t * mix.rows * mix.C, nullptr, past);
@@ -279,7 +283,8 @@ void post(int64_t T, const Mix<E, D>& mix, E* out) {
 }
 
 template <int N, class E, class D>
-void post_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X, D* g_y, float* g_post, float* g_res) {
+void mix_tokens_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X, D* g_y, float* g_post,
+                         float* g_res) {
   const int64_t M = mix.M, rows = mix.rows, C = mix.C;
   const bool past = goes_past(g_X, T * M, C) && goes_past(g_y, T * M, C);
   parallel(T, parts_of(T), [&](int64_t, int64_t first, int64_t last) {
@@ -291,91 +296,163 @@ void post_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X, D* g
 
 // -- from types and sizes known at run time to those known to the compiler ---------------------------------------------
 
-enum Type { FP32, BF16, FP16 };
+using torch::stable::Tensor;
+using Type = torch::headeronly::ScalarType;
 
 // call(E{}, D{}, N) for the types of streams and branch, which kernels/cpu.py has brought to one of these pairs, and
 // for the usual numbers of streams, if X and X' have the same.
 template <class Call>
-void resolve(int64_t streams, int64_t branch, int64_t rows, int64_t M, const Call& call) {
+void resolve(Type streams, Type branch, int64_t rows, int64_t M, const Call& call) {
   const auto with_types = [&](auto n) {
-    if (streams == BF16) call(Bf16{}, Bf16{}, n);
-    else if (streams == FP16) call(Fp16{}, Fp16{}, n);
-    else if (branch == BF16) call(float{}, Bf16{}, n);
-    else if (branch == FP16) call(float{}, Fp16{}, n);
+    if (streams == Type::BFloat16) call(Bf16{}, Bf16{}, n);
+    else if (streams == Type::Half) call(Fp16{}, Fp16{}, n);
+    else if (branch == Type::BFloat16) call(float{}, Bf16{}, n);
+    else if (branch == Type::Half) call(float{}, Fp16{}, n);
     else call(float{}, float{}, n);
   };
   if (rows == 4 && M == 4) with_types(std::integral_constant<int, 4>{});
   else with_types(std::integral_constant<int, 0>{});
 }
 
-Site site_of(int64_t n, int64_t constrained, int64_t transposed, double eps, int64_t iterations, const float* alpha,
-             const float* bias) {
-  const int64_t K = n * n + 2 * n;
-  return {n, K, padded(K, LANES), constrained != 0, transposed != 0, static_cast<float>(eps), iterations, alpha, bias};
+template <class T = float>
+T* at(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), "The CPU kernels of mhc_rewrite take contiguous tensors.");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+}
+
+// What a site before hands on: y, H_post and H_res.
+struct Branch {
+  const Tensor &y, &h_post, &h_res;
+
+  template <class E, class D>
+  Mix<E, D> of(const Tensor& X) const {
+    return {at<E>(X), at<D>(y), at(h_post), at(h_res), h_res.size(1), X.size(1), X.size(2)};
+  }
+};
+
+struct Parameters {
+  const Tensor &phi, &alpha, &bias;
+  bool constrained, transposed;
+  double eps;
+  int64_t iterations;
+
+  Site site() const {
+    const int64_t K = phi.size(1), n = std::lround(std::sqrt(static_cast<double>(K + 1))) - 1;
+    return {n, K, padded(K, LANES), constrained, transposed, static_cast<float>(eps), iterations, at(alpha), at(bias)};
+  }
+};
+
+using Made = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// `pre`, or with a branch `boundary`, whose X' goes into `state`.
+Made run_forward(const Tensor& X, const Branch* branch, const Tensor* state, const Parameters& given, double eps_norm) {
+  const Site site = given.site();
+  const int64_t T = X.size(0), C = X.size(2), n = site.n, S = branch ? n : X.size(1);
+  const Tensor u = empty(X, {T, C}), h_post = empty(given.phi, {T, n}), h_res = empty(given.phi, {T, n, n}),
+               raw = empty(given.phi, {T, site.K}), r = empty(given.phi, {T, site.constrained ? 1 : n});
+  resolve(X.scalar_type(), (branch ? branch->y : X).scalar_type(), S, X.size(1), [&](auto e, auto d, auto N) {
+    using E = decltype(e);
+    using D = decltype(d);
+    const Mix<E, D> mix = branch ? branch->of<E, D>(X) : Mix<E, D>{};
+    forward<N.value>(T, at<E>(X), branch ? &mix : nullptr, S, C, site, static_cast<float>(eps_norm), at(given.phi),
+                     Outputs<E>{state ? at<E>(*state) : nullptr, at<E>(u), at(h_post), at(h_res), at(raw), at(r)});
+  });
+  return {u, h_post, h_res, raw, r};
+}
+
+// `pre_backward`, or with a branch `boundary_backward`, which fills g_y, g_h_post and g_h_res too.
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
+    const Tensor* g_state, const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X,
+    const Branch* branch, const Branch* g_branch, const Parameters& given, const Tensor& raw, const Tensor& r) {
+  using torch::stable::empty_like;
+  const Site site = given.site();
+  const Tensor g_X = empty_like(X), g_phi = empty_like(given.phi), g_alpha = empty_like(given.alpha),
+               g_bias = empty_like(given.bias);
+  const int64_t S = branch ? site.n : X.size(1);
+  resolve(X.scalar_type(), (branch ? branch->y : X).scalar_type(), S, X.size(1), [&](auto e, auto d, auto N) {
+    using E = decltype(e);
+    using D = decltype(d);
+    const Mix<E, D> mix = branch ? branch->of<E, D>(X) : Mix<E, D>{};
+    Gradients<E, D> g{nullptr, at<E>(g_u), at(g_post), at(g_res), at<E>(g_X), nullptr, nullptr, nullptr,
+                      at(g_phi), at(g_alpha), at(g_bias)};
+    if (branch) {
+      g.g_state = at<E>(*g_state), g.g_y = at<D>(g_branch->y);
+      g.g_h_post = at(g_branch->h_post), g.g_h_res = at(g_branch->h_res);
+    }
+    backward<N.value>(X.size(0), at<E>(X), branch ? &mix : nullptr, S, X.size(2), site, at(given.phi), at(raw), at(r),
+                      g);
+  });
+  return {g_X, g_phi, g_alpha, g_bias};
+}
+
+// -- the operators that kernels/cpu.py declares -------------------------------------------------------------------------
+
+Made pre(const Tensor& X, const Tensor& phi, const Tensor& alpha, const Tensor& bias, bool constrained, bool transposed, double eps_kind,
+         int64_t iterations, double eps) {
+  return run_forward(X, nullptr, nullptr, {phi, alpha, bias, constrained, transposed, eps_kind, iterations}, eps);
+}
+
+auto pre_backward(const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X, const Tensor& phi, const Tensor& alpha, const Tensor& bias, const Tensor& raw,
+                  const Tensor& r, bool constrained, bool transposed, double eps_kind, int64_t iterations) {
+  const Parameters parameters{phi, alpha, bias, constrained, transposed, eps_kind, iterations};
+  return run_backward(nullptr, g_u, g_post, g_res, X, nullptr, nullptr, parameters, raw, r);
+}
+
+auto boundary(const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res, const Tensor& phi, const Tensor& alpha, const Tensor& bias, bool constrained,
+              bool transposed, double eps_kind, int64_t iterations, double eps) {
+  const Branch branch{y, h_post, h_res};
+  const Tensor state = empty(X, {X.size(0), h_res.size(1), X.size(2)});
+  const Parameters parameters{phi, alpha, bias, constrained, transposed, eps_kind, iterations};
+  return std::tuple_cat(std::make_tuple(state), run_forward(X, &branch, &state, parameters, eps));
+}
+
+auto boundary_backward(const Tensor& g_state, const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X, const Tensor& y, const Tensor& h_post,
+                       const Tensor& h_res, const Tensor& phi, const Tensor& alpha, const Tensor& bias, const Tensor& raw, const Tensor& r, bool constrained,
+                       bool transposed, double eps_kind, int64_t iterations) {
+  using torch::stable::empty_like;
+  const Tensor g_y = empty_like(y), g_h_post = empty_like(h_post), g_h_res = empty_like(h_res);
+  const Branch branch{y, h_post, h_res}, g_branch{g_y, g_h_post, g_h_res};
+  const Parameters parameters{phi, alpha, bias, constrained, transposed, eps_kind, iterations};
+  const auto [g_X, g_phi, g_alpha, g_bias] =
+      run_backward(&g_state, g_u, g_post, g_res, X, &branch, &g_branch, parameters, raw, r);
+  return std::make_tuple(g_X, g_y, g_h_post, g_h_res, g_phi, g_alpha, g_bias);
+}
+
+Tensor post(const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res) {
+  const int64_t rows = h_res.size(1);
+  const Branch branch{y, h_post, h_res};
+  const Tensor out = empty(X, {X.size(0), rows, X.size(2)});
+  resolve(X.scalar_type(), y.scalar_type(), rows, X.size(1), [&](auto e, auto d, auto N) {
+    using E = decltype(e);
+    mix_tokens<N.value>(X.size(0), branch.of<E, decltype(d)>(X), at<E>(out));
+  });
+  return out;
+}
+
+auto post_backward(const Tensor& g_out, const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res) {
+  using torch::stable::empty_like;
+  const Branch branch{y, h_post, h_res};
+  const Tensor g_X = empty_like(X), g_y = empty_like(y), g_post = empty_like(h_post), g_res = empty_like(h_res);
+  resolve(X.scalar_type(), y.scalar_type(), h_res.size(1), X.size(1), [&](auto e, auto d, auto N) {
+    using E = decltype(e);
+    using D = decltype(d);
+    mix_tokens_backward<N.value>(X.size(0), branch.of<E, D>(X), at<E>(g_out), at<E>(g_X), at<D>(g_y), at(g_post),
+                                 at(g_res));
+  });
+  return std::make_tuple(g_X, g_y, g_post, g_res);
 }
 
 }  // namespace
 
-// -- what kernels/cpu.py calls: contiguous tensors, flat tokens, shapes as in kernels/aten.py --------------------------
-
-extern "C" {
-
-// `pre`, or with y `boundary`.
-void mhc_forward(
-    int64_t streams, int64_t branch, int64_t T, int64_t C, int64_t M, int64_t n, int64_t constrained,
-    int64_t transposed, double eps, int64_t iterations, double eps_norm, const void* X, const void* y,
-    const float* h_post_in, const float* h_res_in, void* state, const float* phi, const float* alpha,
-    const float* bias, void* u, float* h_post, float* h_res, float* raw, float* r) {
-  const Site site = site_of(n, constrained, transposed, eps, iterations, alpha, bias);
-  resolve(streams, branch, y ? n : M, M, [&](auto e, auto d, auto N) {
-    using E = decltype(e);
-    using D = decltype(d);
-    const auto* x = static_cast<const E*>(X);
-    const Mix<E, D> mix{x, static_cast<const D*>(y), h_post_in, h_res_in, n, M, C};
-    forward<N.value>(T, x, y ? &mix : nullptr, y ? n : M, C, site, static_cast<float>(eps_norm), phi,
-                     Outputs<E>{static_cast<E*>(state), static_cast<E*>(u), h_post, h_res, raw, r});
-  });
+STABLE_TORCH_LIBRARY_IMPL(mhc_rewrite_cpu, CPU, library) {
+  library.impl("pre", TORCH_BOX(&pre));
+  library.impl("pre_backward", TORCH_BOX(&pre_backward));
+  library.impl("boundary", TORCH_BOX(&boundary));
+  library.impl("boundary_backward", TORCH_BOX(&boundary_backward));
+  library.impl("post", TORCH_BOX(&post));
+  library.impl("post_backward", TORCH_BOX(&post_backward));
 }
-
-// `pre_backward`, or with y `boundary_backward`.
-void mhc_backward(
-    int64_t streams, int64_t branch, int64_t T, int64_t C, int64_t M, int64_t n, int64_t constrained,
-    int64_t transposed, double eps, int64_t iterations, const void* g_state, const void* g_u, const float* g_post,
-    const float* g_res, const void* X, const void* y, const float* h_post_in, const float* h_res_in, const float* phi,
-    const float* alpha, const float* bias, const float* raw, const float* r, void* g_X, void* g_y, float* g_h_post,
-    float* g_h_res, float* g_phi, float* g_alpha, float* g_bias) {
-  const Site site = site_of(n, constrained, transposed, eps, iterations, alpha, bias);
-  resolve(streams, branch, y ? n : M, M, [&](auto e, auto d, auto N) {
-    using E = decltype(e);
-    using D = decltype(d);
-    const auto* x = static_cast<const E*>(X);
-    const Mix<E, D> mix{x, static_cast<const D*>(y), h_post_in, h_res_in, n, M, C};
-    const Gradients<E, D> g{static_cast<const E*>(g_state), static_cast<const E*>(g_u), g_post, g_res,
-                            static_cast<E*>(g_X), static_cast<D*>(g_y), g_h_post, g_h_res, g_phi, g_alpha, g_bias};
-    backward<N.value>(T, x, y ? &mix : nullptr, y ? n : M, C, site, phi, raw, r, g);
-  });
-}
-
-void mhc_post(int64_t streams, int64_t branch, int64_t T, int64_t C, int64_t M, int64_t rows, const void* X,
-              const void* y, const float* h_post, const float* h_res, void* out) {
-  resolve(streams, branch, rows, M, [&](auto e, auto d, auto N) {
-    using E = decltype(e);
-    using D = decltype(d);
-    const Mix<E, D> mix{static_cast<const E*>(X), static_cast<const D*>(y), h_post, h_res, rows, M, C};
-    post<N.value>(T, mix, static_cast<E*>(out));
-  });
-}
-
-void mhc_post_backward(int64_t streams, int64_t branch, int64_t T, int64_t C, int64_t M, int64_t rows,
-                       const void* g_out, const void* X, const void* y, const float* h_post, const float* h_res,
-                       void* g_X, void* g_y, float* g_post, float* g_res) {
-  resolve(streams, branch, rows, M, [&](auto e, auto d, auto N) {
-    using E = decltype(e);
-    using D = decltype(d);
-    const Mix<E, D> mix{static_cast<const E*>(X), static_cast<const D*>(y), h_post, h_res, rows, M, C};
-    post_backward<N.value>(T, mix, static_cast<const E*>(g_out), static_cast<E*>(g_X), static_cast<D*>(g_y), g_post,
-                           g_res);
-  });
-}
-
-}  // extern "C"

@@ -41,7 +41,7 @@ def saved(model: nn.Module, ids: torch.Tensor, width: int, recompute: Any) -> Co
         if tensor.numel() == tokens * width:
             kind = "C"
         elif tensor.numel() % (tokens * width) == 0:
-            kind = "n x C" if tensor.dim() == 4 and tensor.shape[-1] == width else "wider"
+            kind = "n x C" if tensor.shape[-1] == width else "wider"
         found[kind] += tensor.numel() / (tokens * width)
     return found
 

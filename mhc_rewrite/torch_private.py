@@ -52,7 +52,7 @@ def decompose_in_compiled_graphs(
 
     Graphs that Dynamo hands to a backend still hold the operator, so that passes can name it. `torch.library` lets an
     operator have a rule for a dispatch mode, but the mode that AOTAutograd runs under is not public. Should it go,
-    compiled graphs keep the operators whole: right, and slower where no kernel runs them.
+    compiled graphs keep the operators whole: right, and slower on a CPU.
     """
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 

@@ -134,6 +134,28 @@ def test_boundary(n: int, given: int, width: int, tokens: int, dtype: torch.dtyp
     assert_close(made, torch.autograd.grad(want, truth, [t.double() for t in g]), close)
 
 
+@pytest.mark.parametrize("dtype,y_dtype", [(F32, F32), (F32, BF16), (F16, F16)])
+@pytest.mark.parametrize("n,given", [(3, 3), (4, 1)])
+def test_declared_as_they_are(n: int, given: int, dtype: torch.dtype, y_dtype: torch.dtype) -> None:
+    """Compiled graphs are built on the shapes, dtypes and strides that cpu.py declares for operators.cpp."""
+    branch, parameters = operands(9, n, given, 16, dtype, y_dtype)
+    for kind in KINDS.values():
+        rules = kind.constrained, kind.transposed, kind.eps, 20
+        of = torch.ops.mhc_rewrite_cpu
+        site = of.pre(branch[0], branch[0].new_ones(given * 16, n * n + 2 * n).float(), *parameters[1:], *rules, 1e-6)
+        calls = [
+            (of.pre, (branch[0], parameters[0][: given * 16], *parameters[1:], *rules, 1e-6)),
+            (of.pre_backward, (*site[:3], branch[0], parameters[0][: given * 16], *parameters[1:], *site[3:], *rules)),
+            (of.post, branch),
+            (of.post_backward, (of.post(*branch), *branch)),
+            (of.boundary, (*branch, *parameters, *rules, 1e-6)),
+        ]
+        state, u, h_post, h_res, *kept = of.boundary(*branch, *parameters, *rules, 1e-6)
+        calls.append((of.boundary_backward, (state, u, h_post, h_res, *branch, *parameters, *kept, *rules)))
+        for operator, args in calls:
+            torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_results_around_the_cache(two_threads: None) -> None:
     """Streams of more than 4 MiB are written past the cache, in whole vectors."""
     for dtype, width in ((F32, 768), (F32, 769), (BF16, 1536)):

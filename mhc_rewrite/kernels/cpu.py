@@ -146,10 +146,10 @@ def _rules(kind: str) -> tuple[bool, bool, float]:
     return rules.constrained, rules.transposed, rules.eps
 
 
-# -- declarations of what operators.cpp defines -------------------------------------------------------------------------
+# -- declarations of what operators.cpp defines ------------------------------------------------------------------------
 
 
-def _declare(name: str, arguments: str, results: int, shapes: Callable[..., Outputs]) -> None:
+def _declare(name: str, arguments: str, results: int, shapes: Callable[..., Tensor | Outputs]) -> None:
     made = "Tensor" if results == 1 else "(" + ", ".join(["Tensor"] * results) + ")"
     torch.library.define(
         f"mhc_rewrite_cpu::{name}", f"({arguments}) -> {made}", tags=torch.Tag.needs_contiguous_strides
@@ -162,9 +162,10 @@ def _shapes_of_post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tens
 
 
 def _shapes_of_pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, constrained: bool, *_: Any) -> Outputs:
-    (tokens, _, width), n = X.shape, streams_of(phi.shape[1])
-    sizes = (n,), (n, n), (phi.shape[1],), (1 if constrained else n,)
-    return X.new_empty(tokens, width), *(phi.new_empty(tokens, *size) for size in sizes)
+    tokens, width, columns = X.shape[0], X.shape[2], phi.shape[1]
+    n, norms = streams_of(columns), 1 if constrained else streams_of(columns)
+    shapes = (tokens, n), (tokens, n, n), (tokens, columns), (tokens, norms)
+    return X.new_empty(tokens, width), *map(phi.new_empty, shapes)
 
 
 def _shapes_of_boundary(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, *site: Any) -> Outputs:

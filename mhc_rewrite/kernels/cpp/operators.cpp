@@ -294,8 +294,9 @@ void mix_tokens_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X
   });
 }
 
-// -- from types and sizes known at run time to those known to the compiler ---------------------------------------------
+// -- from types and sizes known at run time to those known to the compiler --------------------------------------------
 
+using torch::stable::empty_like;
 using torch::stable::Tensor;
 using Type = torch::headeronly::ScalarType;
 
@@ -368,7 +369,6 @@ Made run_forward(const Tensor& X, const Branch* branch, const Tensor* state, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
     const Tensor* g_state, const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X,
     const Branch* branch, const Branch* g_branch, const Parameters& given, const Tensor& raw, const Tensor& r) {
-  using torch::stable::empty_like;
   const Site site = given.site();
   const Tensor g_X = empty_like(X), g_phi = empty_like(given.phi), g_alpha = empty_like(given.alpha),
                g_bias = empty_like(given.bias);
@@ -389,31 +389,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
   return {g_X, g_phi, g_alpha, g_bias};
 }
 
-// -- the operators that kernels/cpu.py declares -------------------------------------------------------------------------
+// -- the operators that kernels/cpu.py declares -----------------------------------------------------------------------
 
-Made pre(const Tensor& X, const Tensor& phi, const Tensor& alpha, const Tensor& bias, bool constrained, bool transposed, double eps_kind,
-         int64_t iterations, double eps) {
+Made pre(const Tensor& X, const Tensor& phi, const Tensor& alpha, const Tensor& bias, bool constrained, bool transposed,
+         double eps_kind, int64_t iterations, double eps) {
   return run_forward(X, nullptr, nullptr, {phi, alpha, bias, constrained, transposed, eps_kind, iterations}, eps);
 }
 
-auto pre_backward(const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X, const Tensor& phi, const Tensor& alpha, const Tensor& bias, const Tensor& raw,
-                  const Tensor& r, bool constrained, bool transposed, double eps_kind, int64_t iterations) {
+auto pre_backward(const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X, const Tensor& phi,
+                  const Tensor& alpha, const Tensor& bias, const Tensor& raw, const Tensor& r, bool constrained,
+                  bool transposed, double eps_kind, int64_t iterations) {
   const Parameters parameters{phi, alpha, bias, constrained, transposed, eps_kind, iterations};
   return run_backward(nullptr, g_u, g_post, g_res, X, nullptr, nullptr, parameters, raw, r);
 }
 
-auto boundary(const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res, const Tensor& phi, const Tensor& alpha, const Tensor& bias, bool constrained,
-              bool transposed, double eps_kind, int64_t iterations, double eps) {
+auto boundary(const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res, const Tensor& phi,
+              const Tensor& alpha, const Tensor& bias, bool constrained, bool transposed, double eps_kind,
+              int64_t iterations, double eps) {
   const Branch branch{y, h_post, h_res};
   const Tensor state = empty(X, {X.size(0), h_res.size(1), X.size(2)});
   const Parameters parameters{phi, alpha, bias, constrained, transposed, eps_kind, iterations};
   return std::tuple_cat(std::make_tuple(state), run_forward(X, &branch, &state, parameters, eps));
 }
 
-auto boundary_backward(const Tensor& g_state, const Tensor& g_u, const Tensor& g_post, const Tensor& g_res, const Tensor& X, const Tensor& y, const Tensor& h_post,
-                       const Tensor& h_res, const Tensor& phi, const Tensor& alpha, const Tensor& bias, const Tensor& raw, const Tensor& r, bool constrained,
+auto boundary_backward(const Tensor& g_state, const Tensor& g_u, const Tensor& g_post, const Tensor& g_res,
+                       const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res, const Tensor& phi,
+                       const Tensor& alpha, const Tensor& bias, const Tensor& raw, const Tensor& r, bool constrained,
                        bool transposed, double eps_kind, int64_t iterations) {
-  using torch::stable::empty_like;
   const Tensor g_y = empty_like(y), g_h_post = empty_like(h_post), g_h_res = empty_like(h_res);
   const Branch branch{y, h_post, h_res}, g_branch{g_y, g_h_post, g_h_res};
   const Parameters parameters{phi, alpha, bias, constrained, transposed, eps_kind, iterations};
@@ -434,7 +436,6 @@ Tensor post(const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor
 }
 
 auto post_backward(const Tensor& g_out, const Tensor& X, const Tensor& y, const Tensor& h_post, const Tensor& h_res) {
-  using torch::stable::empty_like;
   const Branch branch{y, h_post, h_res};
   const Tensor g_X = empty_like(X), g_y = empty_like(y), g_post = empty_like(h_post), g_res = empty_like(h_res);
   resolve(X.scalar_type(), y.scalar_type(), h_res.size(1), X.size(1), [&](auto e, auto d, auto N) {

@@ -43,7 +43,7 @@ class StreamError(MHCError):
 
 
 class KernelError(MHCError, ValueError):
-    """An operator was given tensors that do not go together."""
+    """An operator was given tensors that do not go together, or the kernels of a graph are not there."""
 
 
 class PeerError(MHCError):

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +273,7 @@ WITHOUT = """
 import os, warnings
 os.environ.update(CXX="no-such-compiler", TORCH_EXTENSIONS_DIR={folder!r})
 import torch
+import mhc_rewrite.errors
 from mhc_rewrite.kernels import aten, ops
 X, phi = torch.randn(5, 2, 8), torch.randn(16, 8)
 with warnings.catch_warnings(record=True) as caught:
@@ -283,6 +285,12 @@ assert "no-such-compiler" in warning and "g++" in warning and "ninja" in warning
 want = aten.pre(X, phi, torch.ones(3), torch.zeros(8), "mhc", 20, 1e-6)
 assert all(torch.equal(a, b) for a, b in zip(got, want))
 assert not any(name.endswith(".so") for name in os.listdir({folder!r}))
+try:
+    torch.ops.mhc_rewrite_cpu.post(X, X[:, 0], X[..., 0], X[..., :2])
+except mhc_rewrite.errors.KernelError as error:
+    assert "made for the CPU kernels" in str(error)
+else:
+    raise AssertionError
 """
 
 
@@ -292,4 +300,32 @@ def test_without_a_compiler(tmp_path: object) -> None:
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT.format(folder=str(tmp_path))], capture_output=True, text=True, timeout=120
     )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+ELSEWHERE = """
+import sys
+import torch, mhc_rewrite
+program, (given, want) = torch.export.load(sys.argv[1] + ".pt2"), torch.load(sys.argv[1])
+got = program.module()(*given)
+assert all(torch.equal(a, b) for a, b in zip(got, want))
+"""
+
+
+@pytest.mark.slow
+def test_graphs_of_another_process(tmp_path: Path) -> None:
+    """A program that holds the kernels, loaded where nothing has called them yet."""
+
+    class Site(torch.nn.Module):
+        def forward(self, X: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+            return ops.pre(X, *parameters, *OPTIONS)[:3]
+
+    (X, *_), parameters = operands(9, 4, 4, 8)
+    given = (X, *parameters)
+    program = torch.export.export(Site(), given, strict=False).run_decompositions()
+    assert any(node.target is torch.ops.mhc_rewrite_cpu.pre.default for node in program.graph.nodes)
+    path = str(tmp_path / "site")
+    torch.export.save(program, f"{path}.pt2")
+    torch.save((given, Site()(*given)), path)
+    run = subprocess.run([sys.executable, "-c", ELSEWHERE, path], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -4,7 +4,8 @@ use it.
 Nothing depends on it: where it cannot be built, a warning says why, once, and aten.py runs instead. The library is kept
 in torch's extension cache under a name that says what it was built from, so that later processes only load it.
 
-Same functions, shapes and results as aten.py, for T >= 1 tokens in fp32, bf16 or fp16 with fp32 parameters.
+Same functions, shapes and results as aten.py, for T >= 1 tokens in fp32, bf16 or fp16 with fp32 parameters. Each calls
+an operator of its name in `mhc_rewrite_cpu`, declared below, which is what compiled graphs hold.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_rewrite.errors import KernelError
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 
 Outputs = tuple[Tensor, ...]
@@ -155,6 +157,14 @@ def _declare(name: str, arguments: str, results: int, shapes: Callable[..., Tens
         f"mhc_rewrite_cpu::{name}", f"({arguments}) -> {made}", tags=torch.Tag.needs_contiguous_strides
     )
     torch.library.register_fake(f"mhc_rewrite_cpu::{name}", shapes)
+
+    def load_and_call(*args: Any) -> Any:
+        if not available():
+            raise KernelError("This graph was made for the CPU kernels, which can't be had here: make it again here.")
+        return getattr(torch.ops.mhc_rewrite_cpu, name)(*args)
+
+    # What was compiled or exported in another process comes here once: the library's own rule goes before this one.
+    torch.library.impl(f"mhc_rewrite_cpu::{name}", "default", load_and_call)
 
 
 def _shapes_of_post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:

@@ -101,14 +101,17 @@ def test_perturb_moves_every_site_parameter_and_no_other() -> None:
 @linux
 @pytest.mark.slow
 def test_memory_of_a_step() -> None:
-    """Two sums of 32 MB are kept: what the second linear reads, and the output, which the loss's square reads."""
+    """Two sums of 32 MB are kept: what the second linear reads, and the output y, which the loss's square reads.
+
+    At most there are four more, in the square's gradient g * (2 * y ** 1): g, y ** 1, its double, and the product.
+    """
     rows, width = 2**13, 2**10
     before = dict(os.environ)
     figures = in_a_fresh_process(Workload(functools.partial(load, rows, width)), "original", "eager")
     assert dict(os.environ) == before and not set(FRESH_MEMORY) & set(before)
     size = 4 * rows * width
     assert figures["compilation"] is None and figures["kept"] == pytest.approx(2 * size, rel=0.05)
-    assert figures["kept"] < figures["peak"] < 6 * size
+    assert figures["peak"] == pytest.approx(6 * size, rel=0.05)
 
 
 def load_with_cold_caches() -> tuple[nn.Module, dict[str, Any]]:

@@ -1,9 +1,9 @@
 """What a converted GPT keeps for backward, and its peak memory, beside its original and the cost model.
 
-`python demos/memory.py` prints the tables of docs/performance.md (about five minutes on two cores): GPTs of C = 768 on
+`python demos/memory.py` prints the tables of docs/performance.md (under five minutes on two cores): GPTs of C = 768 on
 2 x 512 tokens, converted with n = 4, all site parameters perturbed. The first table counts, of a compiled GPT of 6
-layers (12 sites), the numbers that pass from the forward to the backward graph. The second has the memory of a
-training step of 12 layers (24 sites), as the system gives it, each in a process of its own.
+layers (12 sites), the numbers that pass from the forward to the backward graph. The second has the memory of a training
+step of 12 layers (24 sites), as the system gives it, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def graph_table(layers: int, width: int, length: int) -> Table:
     perturb(model)
     of = cost(mhc_rewrite.plan(load(layers, width, length)[0], inputs))
     sites = of.streams[0].sites
-    lengths = [None, *(k for k in (1, 2, 4) if k < sites), sites, "auto"]
+    lengths = [None, *(k for k in (1, 2) if k < sites), sites, "auto"]
     predicted: dict[str, int | None] = {"original": None}
     for recompute in lengths:
         name = "nothing recomputed" if recompute is None else f"L_r = {recompute}"

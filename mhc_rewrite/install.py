@@ -146,6 +146,12 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
             f"{site.holder or 'The model'!r} holds a residual add ({site.source}) and is a {type(holder).__name__}, "
             "whose children are its forward: a site can't be one of them. Derive it from nn.Module."
         )
+    if isinstance(getattr(holder, name, None), HyperConnection):  # of a stream before
+        raise UnsupportedModelError(
+            f"{site.holder or 'The model'!r} runs in two residual streams, since one ends between two of its calls. "
+            f"A site ({site.source}) belongs to one stream: give each stream a module of its own, or leave this one "
+            f"as it is, with exclude={(site.holder or site.name,)}."
+        )
     if hasattr(holder, name):
         raise UnsupportedModelError(f"{site.holder or 'The model'!r} has an attribute {name!r} of its own; rename it.")
     tensor = next(itertools.chain(holder.parameters(), model.parameters()), None)

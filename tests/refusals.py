@@ -91,6 +91,12 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+def in_two_streams() -> nn.Module:
+    """A block twice, a projection that ends their stream, and the same block once."""
+    block = Further()
+    return Stack(block, block, nn.Linear(WIDTH, WIDTH), block)
+
+
 class Scripted(nn.Module):
     """Without anything that TorchScript can't take."""
 
@@ -310,6 +316,9 @@ REFUSALS = {
     "a name that is taken": Refusal(lambda: Stack(Block(), with_attributes(Block(), mhc_0="mine")),
                                     UnsupportedModelError,
                                     ("'layers.1'", "'mhc_0'", "rename it")),
+    "a module of two streams": Refusal(
+        in_two_streams, UnsupportedModelError,
+        ("'layers.0'", "two residual streams", line(Further.forward, "x = x"), "exclude=('layers.0',)")),
     # forwards that can't be captured
     "a branch on content": Refusal(
         lambda: Stack(Block(), Branching(), Block()), CaptureError,

@@ -41,8 +41,9 @@ void mix_out(const Mix<E, D>& token, E* out, float* kept, bool past) {
   });
 }
 
-// A block's rows by panels: element c of stream j of token l lies at [j, c / PANEL, l, c % PANEL] of (S, W / PANEL, BLOCK,
-// PANEL). Rows as they are would lie a multiple of 4 KiB apart for most C, and so all in a few sets of the first cache.
+// A block's rows by panels: element c of stream j of token l lies at [j, c / PANEL, l, c % PANEL] of
+// (S, W / PANEL, BLOCK, PANEL). Rows as they are would lie a multiple of 4 KiB apart for most C, and so all in a few
+// sets of the first cache.
 inline int64_t in_panels(int64_t j, int64_t c, int64_t l, int64_t W) {
   return (j * W + c / PANEL * PANEL) * BLOCK + l * PANEL + c % PANEL;
 }
@@ -71,8 +72,8 @@ void rebuild(const Mix<E, D>& token, const E* g_u, int64_t l, int64_t W, float* 
 // The gradients of the operands of token l of a block from that of X', which is `direct`, or with `panels` the sum of
 // both.
 template <int N, class E, class D>
-void mix_out_backward(const Mix<E, D>& token, const float* panels, int64_t l, const E* direct, E* g_X, D* g_y, float* g_post,
-                      float* g_res, bool past) {
+void mix_out_backward(const Mix<E, D>& token, const float* panels, int64_t l, const E* direct, E* g_X, D* g_y,
+                      float* g_post, float* g_res, bool past) {
   const auto [X, y, h_post, h_res, given_rows, given_M, C] = token;
   const int64_t rows = N ? N : given_rows, M = N ? N : given_M, W = padded(C, PANEL);
   V of_post[N ? N : MOST] = {}, of_res[N ? N * N : MOST * MOST] = {};

@@ -1,9 +1,9 @@
 """What a converted GPT keeps for backward, and its peak memory, beside its original and the cost model.
 
-`python demos/memory.py` prints the tables of docs/performance.md (under five minutes on two cores): GPTs of C = 768 on
-2 x 512 tokens, converted with n = 4, all site parameters perturbed. The first table counts, of a compiled GPT of 6
-layers (12 sites), the numbers that pass from the forward to the backward graph. The second has the memory of a training
-step of 12 layers (24 sites), as the system gives it, each in a process of its own.
+`python demos/memory.py` takes under five minutes on two cores; with `--width 768` it prints the tables of
+docs/performance.md. GPTs on 2 x 512 tokens, converted with n = 4, all site parameters perturbed. The first table counts,
+of a compiled GPT of 6 layers (12 sites), the numbers that pass from the forward to the backward graph. The second has
+the memory of a training step of 12 layers (24 sites), as the system gives it, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def memory_table(layers: int, width: int, length: int) -> Table:
 
 def main(
     layers: Annotated[int, typer.Option(min=1, help="Layers, of two sites each, of the second table.")] = 12,
-    width: Annotated[int, typer.Option(min=12, help="C, a multiple of 12.")] = 768,
+    width: Annotated[int, typer.Option(min=12, help="C, a multiple of 12.")] = 384,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each of two sequences.")] = 512,
     threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 2,
     memory: Annotated[bool, typer.Option(help="The second table too.")] = True,

@@ -1,9 +1,10 @@
 """What a converted GPT keeps for backward, and its peak memory, beside its original and the cost model.
 
 `python demos/memory.py` takes under five minutes on two cores; with `--width 768` it prints the tables of
-docs/performance.md. GPTs on 2 x 512 tokens, converted with n = 4, all site parameters perturbed. The first table counts,
-of a compiled GPT of 6 layers (12 sites), the numbers that pass from the forward to the backward graph. The second has
-the memory of a training step of 12 layers (24 sites), as the system gives it, each in a process of its own.
+docs/performance.md. GPTs on 2 x 512 tokens, converted with n = 4, all site parameters perturbed. The first table
+counts, of a compiled GPT of 6 layers (12 sites), the numbers that pass from the forward to the backward graph. The
+second has the memory of a training step of 12 layers (24 sites), as the system gives it, each in a process of its
+own.
 """
 
 from __future__ import annotations

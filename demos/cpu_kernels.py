@@ -216,10 +216,11 @@ def main(
     figures: list[dict[str, object]] = []
     for kind, dtype in DTYPES.items():
         torch._dynamo.reset()
-        with stderr.status(f"compiling, {kind} ..."), tempfile.TemporaryDirectory() as caches:
+        with tempfile.TemporaryDirectory() as caches:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches  # what an earlier run compiled would be found, not compiled
-            rows, compiled = designs(tokens, width, n, dtype, quick)
-        seconds = measure(rows, repetitions, kind)
+            with stderr.status(f"compiling, {kind} ..."):
+                rows, compiled = designs(tokens, width, n, dtype, quick)
+            seconds = measure(rows, repetitions, kind)
         unit = seconds[0] / rows[0].elements
         table = Table("", "design", "ms", "of copy", title=f"{kind}, copy_ at {bandwidth(tokens * width, dtype, unit)}")
         for row, time_of in zip(rows, seconds):

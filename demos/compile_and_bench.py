@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhc_rewrite import MHCConfig
-from mhc_rewrite.bench import EAGER, KEEP_MEMORY, MHC, Workload, bench
+from mhc_rewrite.cli.tables import bench_table
+from mhc_rewrite.insight.bench import EAGER, KEEP_MEMORY, MHC, Workload, bench
 from mhc_rewrite.kernels import cpu
-from mhc_rewrite.tables import bench_table
 
 console = Console(width=120)
 VOCABULARY, HEADS, BATCH = 1024, 12, 2

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mhc_rewrite import MHCConfig, graphs, mhcify, parameter_groups, report
 from mhc_rewrite.cli import listing
-from mhc_rewrite.tables import as_text
+from mhc_rewrite.printing import as_text
 
 TOLERANCE = 1e-5
 BATCH, LENGTH = 8, 64

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from mhc_rewrite.bench import KEEP_MEMORY
+from mhc_rewrite.insight.bench import KEEP_MEMORY
 from mhc_rewrite.kernels import aten, cpu, ops, reference
 
 OPTIONS = ("mhc", 20, 1e-6)

@@ -22,8 +22,8 @@ from torch import nn
 
 import mhc_rewrite
 from mhc_rewrite import MHCConfig, mhcify
-from mhc_rewrite.bench import CONVERTED, EAGER, INDUCTOR, MHC, ORIGINAL, Workload, in_a_fresh_process, perturb
 from mhc_rewrite.cost import cost
+from mhc_rewrite.insight.bench import CONVERTED, EAGER, INDUCTOR, MHC, ORIGINAL, Workload, in_a_fresh_process, perturb
 
 console, stderr = Console(width=120), Console(stderr=True)
 

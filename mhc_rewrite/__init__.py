@@ -2,8 +2,8 @@
 
 from mhc_rewrite.api import graphs, mhcify, parameter_groups, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.hyper_connection import HyperConnection
 from mhc_rewrite.lowering import compile
+from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 __version__ = "0.1.0"
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mhc_rewrite.analysis import Analysis, analyse
 from mhc_rewrite.capture.call import as_now, describe
 from mhc_rewrite.capture.example import example_call
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.conversion.analysis import Analysis, analyse
+from mhc_rewrite.conversion.install import install, is_converted, role_of, uninstall
+from mhc_rewrite.conversion.listing import list_graph
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
-from mhc_rewrite.hyper_connection import HyperConnection
-from mhc_rewrite.install import install, is_converted, role_of, uninstall
-from mhc_rewrite.listing import list_graph
-from mhc_rewrite.model import ListedGraph, ResidualSite, RewritePlan, RewriteReport
+from mhc_rewrite.plans import ListedGraph, ResidualSite, RewritePlan, RewriteReport
+from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 _PLAN = "_mhc_plan"
 

@@ -21,7 +21,7 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.kinds import KINDS
-from mhc_rewrite.model import RewritePlan
+from mhc_rewrite.plans import RewritePlan
 
 # Tokens, width, streams, sites of a stream (calls), of which M have parameters of their own, sites of a segment of
 # recomputation, bytes of an element, Sinkhorn-Knopp's iterations.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mhc_rewrite.captures import Captured, capture_forward
+from mhc_rewrite.conversion.captures import Captured, capture_forward
 from mhc_rewrite.passes.expand_streams import Rewrite, SiteTarget, expand_streams
 
 WIDTH, N = 8, 3

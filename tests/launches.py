@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mhc_rewrite import lowering, mhcify, roles
+from mhc_rewrite import lowering, mhcify
+from mhc_rewrite.conversion import roles
 from mhc_rewrite.passes.fuse_boundaries import Fused
 from mocked_gpu import Launched, counting, launched
 from oracle import perturb

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite import HyperConnection, MHCConfig, mhcify, plan
-from mhc_rewrite.bench import FRESH_MEMORY, Workload, bench, in_a_fresh_process, perturb, ways
 from mhc_rewrite.cost import cost
 from mhc_rewrite.errors import PeerError
+from mhc_rewrite.insight.bench import FRESH_MEMORY, Workload, bench, in_a_fresh_process, perturb, ways
+from mhc_rewrite.insight.peers import PEERS, HyperConnections, Liger, PeerSite, convert_sites
 from mhc_rewrite.kernels import reference
-from mhc_rewrite.peers import PEERS, HyperConnections, Liger, PeerSite, convert_sites
 
 linux = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the memory of a process is read as Linux gives it"

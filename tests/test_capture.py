@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from golden import WIDTH, Layer, capture, features, text
 from mhc_rewrite import mhcify, report
 from mhc_rewrite.capture.call import CallShape, describe, flatten
+from mhc_rewrite.conversion.install import role_of
 from mhc_rewrite.errors import CaptureError
-from mhc_rewrite.install import role_of
 
 
 def variants(model: nn.Module, training: bool = False) -> list[Any]:

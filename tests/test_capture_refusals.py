@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from golden import Layer, features
-from mhc_rewrite.captures import capture_forward
+from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.errors import CaptureError
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite import bench
-from mhc_rewrite.bench import Measured, Workload
 from mhc_rewrite.cli import bench as command
+from mhc_rewrite.insight import bench
+from mhc_rewrite.insight.bench import Measured, Workload
 from test_cli import folder, run  # noqa: F401 (folder is a fixture)
 
 TOKENS = """

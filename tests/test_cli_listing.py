@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mhc_rewrite.cli import listing
 from mhc_rewrite.cli.errors import UsageError
-from mhc_rewrite.model import ListedGraph, ListedNode, SourceLine
+from mhc_rewrite.plans import ListedGraph, ListedNode, SourceLine
 
 FILE = "/opt/env/lib/python3.11/site-packages/gpt/modeling_gpt.py"
 ADD = SourceLine(FILE, 20, "x = x + self.mlp(h)")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mhc_rewrite import mhcify, plan, report
-from mhc_rewrite.model import RewritePlan
+from mhc_rewrite.plans import RewritePlan
 from oracle import Params, perturb, site_params
 from program_ops import DECOYS, MIXERS, TAILS
 from program_streams import Cell, Evaluator

@@ -20,10 +20,11 @@ from families_text import BY_NAME as FAMILIES
 from family import output
 from handmade import BY_NAME, KINDS, Kind
 from handmade.common import PreNorm, Stack
-from mhc_rewrite import HyperConnection, MHCConfig, mhcify, recompute
+from mhc_rewrite import HyperConnection, MHCConfig, mhcify
 from mhc_rewrite.cost import Cost as Formulas
 from mhc_rewrite.cost import Stream, best_segment
 from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.sites import recompute
 from oracle import perturb
 
 TOKENS, WIDTH, N = 10, 16, 4

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from golden import WIDTH, Layer, capture, features, text
 from mhc_rewrite import plan
 from mhc_rewrite.capture.record import record
-from mhc_rewrite.model import Rejection
 from mhc_rewrite.passes.find_carriers import Carrier, find_carriers
+from mhc_rewrite.plans import Rejection
 
 
 def carriers_of(model: nn.Module, *inputs: Tensor, min_sites: int = 1) -> tuple[list[Carrier], list[Rejection]]:

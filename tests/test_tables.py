@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePlan, RewriteReport, SourceLine
-from mhc_rewrite.tables import as_text, fold, short_source
+from mhc_rewrite.plans import (
+    Rejection,
+    ResidualSite,
+    ResidualStream,
+    RewritePlan,
+    RewriteReport,
+    SourceLine,
+    short_source,
+)
+from mhc_rewrite.printing import as_text, fold
 
 INSTALLED = "/opt/env/lib/python3.11/site-packages/llama/modeling_llama.py"
 ADD = SourceLine(INSTALLED, 310, "hidden_states = residual + hidden_states")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from mhc_rewrite import vocabulary
+from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
-from mhc_rewrite.model import SourceLine
+from mhc_rewrite.plans import SourceLine
 
 _OWN_CODE = str(Path(__file__).parents[1])
 _TORCH_CODE = str(Path(torch.__file__).parent)

@@ -23,11 +23,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
-from mhc_rewrite import vocabulary
+from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.record import source_line, user_line
 from mhc_rewrite.errors import CaptureError
-from mhc_rewrite.model import SourceLine
+from mhc_rewrite.plans import SourceLine
 
 _COMPARISONS = {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
 _CONCRETE = (bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))

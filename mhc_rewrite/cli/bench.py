@@ -1,4 +1,4 @@
-"""`mhc-rewrite bench`: what mhc_rewrite/bench.py measures, as a table, JSON, CSV and a plot."""
+"""`mhc-rewrite bench`: what mhc_rewrite/insight/bench.py measures, as a table, JSON, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor, nn
 
-from mhc_rewrite import bench as benchmark
-from mhc_rewrite.bench import Inputs, Measured, Workload
 from mhc_rewrite.capture.example import example_call
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import CommandError, UsageError
 from mhc_rewrite.cli.options import Settings, Spec
+from mhc_rewrite.cli.tables import bench_table
 from mhc_rewrite.config import MAX_STREAMS, MHCConfig
+from mhc_rewrite.insight import bench as benchmark
+from mhc_rewrite.insight.bench import Inputs, Measured, Workload
+from mhc_rewrite.insight.peers import PEERS
 from mhc_rewrite.kernels import cpu
-from mhc_rewrite.peers import PEERS
-from mhc_rewrite.tables import bench_table
 
 TOKENS = 128  # of a sequence, where the example inputs are not the user's
 

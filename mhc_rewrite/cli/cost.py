@@ -21,7 +21,7 @@ from mhc_rewrite.cli.options import Settings
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
 from mhc_rewrite.errors import ConfigError
-from mhc_rewrite.tables import plain_table
+from mhc_rewrite.printing import plain_table
 
 PAPER = "paper"
 PROSE_WIDTH = 116

@@ -15,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mhc_rewrite.cli.errors import UsageError
-from mhc_rewrite.model import ListedGraph, ListedNode
-from mhc_rewrite.tables import PROSE_WIDTH, code_lines, fold, module_name, plain_table, short_source, without_numbers
+from mhc_rewrite.plans import ListedGraph, ListedNode, code_lines, short_source
+from mhc_rewrite.printing import PROSE_WIDTH, fold, module_name, plain_table, without_numbers
 
 Stage = Literal["original", "rewritten", "diff"]
 

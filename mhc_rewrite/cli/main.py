@@ -24,7 +24,7 @@ from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.cli.options import Settings, Spec
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.errors import MHCError
-from mhc_rewrite.tables import as_text
+from mhc_rewrite.printing import as_text
 
 PATIENCE = 2.0  # seconds without an answer before a spinner says what is being done
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mhc_rewrite import vocabulary
+from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording, innermost_common
-from mhc_rewrite.model import Rejection
+from mhc_rewrite.plans import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
 STAGE = 2

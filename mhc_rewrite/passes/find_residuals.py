@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from mhc_rewrite import vocabulary
+from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.trace import ModuleGraph, is_structure
-from mhc_rewrite.model import Rejection, SourceLine
 from mhc_rewrite.passes import lifting
 from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
+from mhc_rewrite.plans import Rejection, SourceLine
 
 SiteKey = tuple[str, str, int, int]
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mhc_rewrite import streams
+from mhc_rewrite.capture.vocabulary import name_of
 from mhc_rewrite.kernels import ops  # noqa: F401  registers the operators
-from mhc_rewrite.vocabulary import name_of
+from mhc_rewrite.sites import streams
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mhc_rewrite import streams, vocabulary
+from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.state import undisturbed
+from mhc_rewrite.sites import streams
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
-from mhc_rewrite.model import Rejection
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
+from mhc_rewrite.plans import Rejection
 
 # Reads of a tensor's form that the extra axis of the streams does not change.
 _HARMLESS = frozenset({"dtype", "device", "layout", "is_cuda", "requires_grad", "is_floating_point", "is_leaf",

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite import recompute
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.reference import Coefficients
-from mhc_rewrite.streams import collapse
+from mhc_rewrite.sites import recompute
+from mhc_rewrite.sites.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
 
 

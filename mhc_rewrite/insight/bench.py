@@ -29,10 +29,10 @@ from mhc_rewrite.api import mhcify
 from mhc_rewrite.capture.example import example_call
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.errors import ExampleInputsError, MHCError
-from mhc_rewrite.hyper_connection import HyperConnection
+from mhc_rewrite.insight.peers import convert_sites
 from mhc_rewrite.kernels import cpu
 from mhc_rewrite.lowering import compile as compile_mhc
-from mhc_rewrite.peers import convert_sites
+from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 EAGER, INDUCTOR, MHC = "eager", "inductor", "mhc"
 ORIGINAL, CONVERTED = "original", "converted"

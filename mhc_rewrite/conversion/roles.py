@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mhc_rewrite import recompute, streams
-from mhc_rewrite.analysis import CarrierWiring
 from mhc_rewrite.capture.call import CallShape, describe, flatten
 from mhc_rewrite.capture.trace import ModuleGraph
-from mhc_rewrite.captures import capture_forward, plain_attributes
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.conversion.analysis import CarrierWiring
+from mhc_rewrite.conversion.captures import capture_forward, plain_attributes
+from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.errors import StreamError, UnseenCallError
-from mhc_rewrite.generated import compile_graph, guard_graph
-from mhc_rewrite.model import ResidualStream
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
+from mhc_rewrite.plans import ResidualStream
+from mhc_rewrite.sites import recompute, streams
 
 # Rewrites made so far, by captured graph and the streams that come in and go out: layers that are alike share them.
 Rewrites = dict[Any, tuple[Rewrite, Callable[..., Any], Callable[..., Any] | None]]

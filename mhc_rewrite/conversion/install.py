@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc_rewrite.analysis import Analysis
 from mhc_rewrite.capture.call import CallShape
-from mhc_rewrite.captures import CallKind, Captured
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.conversion.analysis import Analysis
+from mhc_rewrite.conversion.captures import CallKind, Captured
+from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role, Scope
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
-from mhc_rewrite.hyper_connection import HyperConnection
-from mhc_rewrite.model import ResidualSite, ResidualStream
-from mhc_rewrite.roles import CarrierRole, Rewrites, Role, Scope
+from mhc_rewrite.plans import ResidualSite, ResidualStream
+from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 _ROLE = "_mhc_role"
 # Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for

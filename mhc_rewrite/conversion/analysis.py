@@ -20,14 +20,14 @@ from mhc_rewrite.capture.call import flatten
 from mhc_rewrite.capture.example import further_calls
 from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.captures import CallKind, Captures
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.conversion.captures import CallKind, Captures
 from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
-from mhc_rewrite.model import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 from mhc_rewrite.passes.expand_streams import SiteTarget
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
 from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_streams, site_ref
+from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

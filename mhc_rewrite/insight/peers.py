@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.errors import PeerError
-from mhc_rewrite.hyper_connection import HyperConnection
+from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 
 class PeerSite(nn.Module):

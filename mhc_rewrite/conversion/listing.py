@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from mhc_rewrite.model import ListedGraph, ListedNode
-from mhc_rewrite.roles import Variant
+from mhc_rewrite.conversion.roles import Variant
+from mhc_rewrite.plans import ListedGraph, ListedNode
 
 
 def list_graph(name: str, kind: str, call: str, variant: Variant) -> ListedGraph:

@@ -5,26 +5,34 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from mhc_rewrite.capture.call import as_now, describe
+from mhc_rewrite.capture.call import describe
 from mhc_rewrite.capture.example import example_call
-from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse
 from mhc_rewrite.conversion.install import install, is_converted, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
+from mhc_rewrite.conversion.verify import observe, verify
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
 from mhc_rewrite.plans import ListedGraph, ResidualSite, RewritePlan, RewriteReport
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
-_PLAN = "_mhc_plan"
+_CONVERSION = "_mhc_conversion"
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converted model knows of its conversion."""
+
+    plan: RewritePlan
+    compared: tuple[str, ...]
 
 
 def plan(
@@ -82,13 +90,14 @@ def mhcify(
             "and the function of a pretrained model is lost. init='preserve' keeps it.",
             stacklevel=2,
         )
+    before = observe(model, args, kwargs)
     install(model, analysis)
     try:
-        _verify(model, args, kwargs, analysis)
+        compared = verify(model, before, observe(model, args, kwargs), values=chosen.init == "preserve")
     except BaseException:
         uninstall(model)
         raise
-    model.__dict__[_PLAN] = analysis.plan
+    model.__dict__[_CONVERSION] = Conversion(analysis.plan, compared)
     log.info("%s: %d sites in %d streams", type(model).__name__, len(analysis.plan.sites), len(analysis.plan.streams))
     return model
 
@@ -99,9 +108,9 @@ def unmhcify(model: nn.Module) -> nn.Module:
     Raises:
         MHCError: the model is not converted.
     """
-    _require_plan(model)
+    _conversion(model)
     uninstall(model)
-    del model.__dict__[_PLAN]
+    del model.__dict__[_CONVERSION]
     return model
 
 
@@ -111,7 +120,8 @@ def report(model: nn.Module) -> RewriteReport:
     Raises:
         MHCError: the model is not converted.
     """
-    made = _require_plan(model)
+    conversion = _conversion(model)
+    made = conversion.plan
     site_names = {site.name for site in made.sites}
     own = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] not in site_names)
     added = tuple(
@@ -124,7 +134,7 @@ def report(model: nn.Module) -> RewriteReport:
         for role in map(role_of, model.modules())
         if role is not None and role.carrier is not None
     }
-    return RewriteReport(made, own, added, calls)
+    return RewriteReport(made, own, added, calls, conversion.compared)
 
 
 def graphs(model: nn.Module) -> list[ListedGraph]:
@@ -133,7 +143,7 @@ def graphs(model: nn.Module) -> list[ListedGraph]:
     Raises:
         MHCError: the model is not converted.
     """
-    made = _require_plan(model)
+    made = _conversion(model).plan
     listed = []
     for name in dict.fromkeys(site.carrier for stream in made.streams for site in stream.sites):
         module = model.get_submodule(name)
@@ -176,39 +186,6 @@ def _analyse(
     return args, kwargs, analyse(model, args, kwargs, chosen, filter_fn)
 
 
-def _verify(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], analysis: Analysis) -> None:
-    """Calls the converted model on the example: code between the captured modules may not bear streams."""
-    with undisturbed(model):
-        model.eval()
-        try:
-            result = model(*as_now(args), **as_now(kwargs))
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"The converted {type(model).__name__} fails on the example ({type(error).__name__}: {error}), "
-                "so nothing was changed. Code between its layers reads the residual stream in a way that the analysis "
-                "did not see."
-            ) from error
-    floating = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    before = [x for x in tree_leaves(analysis.results[False]) if isinstance(x, Tensor)]
-    after = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-    for old, new in zip(before, after, strict=True):
-        same = old.shape == new.shape and old.dtype == new.dtype
-        if same and analysis.plan.config.init == "preserve" and old.is_floating_point() and not old.is_meta:
-            bits = min(torch.finfo(dtype).bits for dtype in {old.dtype, *floating})
-            old, new = old.double(), new.double()
-            tolerance = {64: 1e-4, 32: 1e-3}.get(bits, 0.2) * (1 + old.abs().max() if old.numel() else 1)
-            same = bool(
-                ((old - new).abs() <= tolerance).logical_or(old.isnan() & new.isnan()).logical_or(old == new).all()
-            )
-        if not same:
-            raise UnsupportedModelError(
-                f"The converted {type(model).__name__} returns something else than the original on the example, "
-                f"{tuple(new.shape)} for {tuple(old.shape)}, so nothing was changed. Either code between its layers "
-                "reads the residual stream in a way that the analysis did not see, or a layer's forward takes another "
-                "path when it is captured (isinstance(x, Tensor), say)."
-            )
-
-
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"mhcify takes an nn.Module, not {type(model).__name__}.")
@@ -239,8 +216,8 @@ def _check_model(model: nn.Module) -> None:
                 )
 
 
-def _require_plan(model: nn.Module) -> RewritePlan:
-    made = model.__dict__.get(_PLAN)
+def _conversion(model: nn.Module) -> Conversion:
+    made: Conversion | None = model.__dict__.get(_CONVERSION)
     if made is None:
         raise MHCError(f"{type(model).__name__} is not converted; mhcify(model) does that.")
     return made

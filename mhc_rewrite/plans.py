@@ -157,12 +157,14 @@ class RewriteReport:
         parameters_before: number of the model's own parameters.
         parameters_added: number of parameters in the sites, per stream.
         calls: call variants captured so far, as text, per carrier.
+        compared: what was held against the original on the example before the conversion was kept, mode by mode.
     """
 
     plan: RewritePlan
     parameters_before: int
     parameters_added: tuple[int, ...]
     calls: dict[str, tuple[str, ...]]
+    compared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return as_text(self)
@@ -253,7 +255,14 @@ def report_table(report: RewriteReport) -> RenderableType:
     head = Text(f"{_headline(report.plan)}: converted", style="bold")
     head.append(f"\n{plural(added, 'parameter')} added{share}", style="not bold")
     calls = _calls_table(report.calls)
-    return _plan_group(report.plan, head, list(report.parameters_added), *([calls] if calls else []))
+    compared = [Text("compared with the original", style="bold"), *(Text(f"  - {text}") for text in report.compared)]
+    return _plan_group(
+        report.plan,
+        head,
+        list(report.parameters_added),
+        *([calls] if calls else []),
+        *([Group(*compared)] if report.compared else []),
+    )
 
 
 def _headline(plan: RewritePlan) -> str:

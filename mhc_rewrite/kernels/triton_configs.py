@@ -25,8 +25,8 @@ class Config:
         tokens: tokens of a block.
         width: elements of C of a block; a power of two.
         warps, stages: Triton's num_warps and num_stages.
-        parts: into how many parts at most the sum is cut that a block would otherwise do alone: C in `forward`, the
-            tokens in `parameters`.
+        parts: into how many parts at most what a block would otherwise do alone is cut: C in `forward` and `finish`,
+            the tokens in `parameters`.
     """
 
     name: str
@@ -48,16 +48,29 @@ class Launch:
     config: Config
 
     def run(self) -> None:
+        # Triton launches on the current device; the first argument of every kernel is a tensor.
+        device = next(iter(self.arguments.values())).device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._run()
+        self._run()
+
+    def _run(self) -> None:
         options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
         self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
-_overrides: dict[str, str] = {}
+_overrides: dict[str, str | Config] = {}
 
 
 def choose(kernel: str, n: int, width: int, tokens: int) -> Config:
     """The configuration of a kernel for n streams of `width` elements."""
-    name = _overrides.get(kernel, "default")
+    chosen = _overrides.get(kernel, "default")
+    return chosen if isinstance(chosen, Config) else _named(kernel, chosen, n, width, tokens, lanes())
+
+
+@functools.lru_cache(maxsize=1024)  # every call of an operator asks
+def _named(kernel: str, name: str, n: int, width: int, tokens: int, _lanes: int) -> Config:
     return next(config for config in configurations(kernel, n, width, tokens) if config.name == name)
 
 
@@ -92,6 +105,20 @@ def _forward(n: int, width: int, tokens: int) -> list[Config]:
     return [default, large, whole, split]
 
 
+def _finish(n: int, width: int, tokens: int) -> list[Config]:
+    few = tokens <= 64
+    default = Config("default", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if few and n <= 4 else 4, parts=64)
+    return [default]
+
+
+def _dots(n: int, width: int, tokens: int) -> list[Config]:
+    return [Config("default", 4 if n <= 4 else 2, min(width, 256), 4, parts=1)]
+
+
+def _coefficients(n: int, width: int, tokens: int) -> list[Config]:
+    return [Config("default", 16, 0, 2 if n <= 4 else 4)]
+
+
 def _pre_backward(n: int, width: int, tokens: int) -> list[Config]:
     block = 32 if n <= 4 else 16
     default = Config("default", block, min(max(width, 16), 32), 4)
@@ -118,6 +145,9 @@ _TABLE: dict[str, Callable[[int, int, int], list[Config]]] = {
     "post": _post,
     "post_backward": _post,
     "forward": _forward,
+    "finish": _finish,
+    "dots": _dots,
+    "coefficients": _coefficients,
     "pre_backward": _pre_backward,
     "boundary_backward": _boundary_backward,
     "parameters": _parameters,
@@ -126,8 +156,8 @@ KERNELS = tuple(_TABLE)
 
 
 @contextlib.contextmanager
-def using(kernel: str, name: str) -> Iterator[None]:
-    """Inside, a kernel takes the configuration of this name.
+def using(kernel: str, name: str | Config) -> Iterator[None]:
+    """Inside, a kernel takes the configuration of this name, or the one given.
 
     Raises:
         KeyError: there is none of this name.
@@ -167,9 +197,9 @@ def tune(kernel: str, launches: Callable[[], list[Launch]]) -> str:
     return fastest
 
 
-def _override(kernel: str, name: str) -> None:
+def _override(kernel: str, name: str | Config) -> None:
     names = _names(kernel)
-    if name not in names:
+    if isinstance(name, str) and name not in names:
         raise KeyError(f"{kernel} has no configuration {name!r}; it has {', '.join(sorted(names))}.")
     _overrides[kernel] = name
 
@@ -187,6 +217,18 @@ def precision() -> str:
     """How `tl.dot` multiplies fp32: three tf32 products where tensor cores have them, plain fp32 on AMD, where tf32
     does not compile on every chip."""
     return "ieee" if torch.version.hip else "tf32x3"
+
+
+def gradient_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies fp32 for a gradient that is rounded to `dtype`: one tf32 product errs by an eighth of what
+    bf16 does."""
+    return precision() if dtype == torch.float32 or torch.version.hip else "tf32"
+
+
+def cut(width: int, config: Config) -> tuple[int, int]:
+    """How much of C a program takes where C is cut into parts, and how many programs that makes."""
+    part = config.width * -(-width // (config.width * config.parts))
+    return part, -(-width // part)
 
 
 def lanes() -> int:

@@ -18,6 +18,8 @@ so that a token reads (2n + 2)C elements and writes (n + 1)C; the second sweep f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -230,9 +232,7 @@ def _state_kernel(
 
 
 @triton.jit
-def _store_mix_gradient(
-    total, g_h_post, g_h_res, t, stream, inside, j: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):
+def _store_mix_gradient(total, g_h_post, g_h_res, t, stream, inside, j: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     if j < M:
         tl.store(g_h_res + (t[:, None] * N + stream) * M + j, total, mask=inside)
     else:
@@ -245,7 +245,7 @@ def _through_phi(
     K: tl.constexpr, KP: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """g_product phi[i]^T at c, (tokens, width): from all columns of g_product, or else from where they are in memory."""
+    """g_product phi[i]^T at c, (tokens, width): from all columns of g_product, or from where they are in memory."""
     phi += tl.cast(i * C, tl.int64) * K
     if WHOLE:
         k = tl.arange(0, KP)
@@ -329,12 +329,13 @@ def backward_launches(
     g_X, g_y, g_h_post, g_h_res = outputs if mix else (*outputs, X, X, X)
     state = n if mix else streams
     made = {"g_s": g_s, "g_product": g_product}
+    multiplied = gradient_precision(torch.promote_types(X.dtype, y.dtype))
     between = {
         "dots": raw.new_empty((tokens, dot_parts, streams + 1)),
         "decays": raw.new_empty((tokens, 1 if rules.constrained else state)),
         "shares": raw.new_empty((parts, tokens, n, streams + 1) if mix and parts > 1 else (1,)),
     }
-    sizes = {"MIX": mix is not None, "M": streams}
+    sizes: dict[str, Any] = {"MIX": mix is not None, "M": streams}
     more = {**sizes, "S": state, "N": n, "NP": power_of_two(n), "KP": max(16, power_of_two(columns))}
     more.update({"CONSTRAINED": rules.constrained, "EPS": rules.eps})
     first = Launch(
@@ -360,7 +361,7 @@ def backward_launches(
             "g_X": g_X, "g_y": g_y, "g_h_post": g_h_post, "g_h_res": g_h_res, "shares": between["shares"],
             "arrivals": counters, "T": tokens, "C": width, "PART": part,
         },
-        {**more, "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": gradient_precision(X.dtype)}, config,
+        {**more, "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": multiplied}, config,
     )  # fmt: skip
     fourth = parameters_launch(X, mix, raw, g_s, g_product, counters[of_state:], parameters, kind, atomic)
     return [first, second, third, fourth]

@@ -98,11 +98,15 @@ def _forward(n: int, width: int, tokens: int) -> list[Config]:
     block = 32 if n <= 4 else 16
     whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
     large = dataclasses.replace(whole, name="large", tokens=2 * block, warps=8)
-    # phi is most of the traffic then: up to 64 programs read it.
-    split = Config("split", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
-    few = tokens <= 64 and width >= 256
-    default = dataclasses.replace(split if few else whole, name="default")
-    return [default, large, whole, split]
+    split = dataclasses.replace(whole, name="split", tokens=2 * block, parts=_parts(tokens, 2 * block))
+    few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
+    default = whole if width < 256 else few if tokens <= 64 else split
+    return [dataclasses.replace(default, name="default"), large, whole, split, few]
+
+
+def _parts(tokens: int, block: int) -> int:
+    """Into how many parts C is cut so that about a thousand programs run, eight for each multiprocessor of a large GPU."""
+    return min(64, max(1, 1024 * block // tokens))
 
 
 def _finish(n: int, width: int, tokens: int) -> list[Config]:
@@ -112,24 +116,25 @@ def _finish(n: int, width: int, tokens: int) -> list[Config]:
 
 
 def _dots(n: int, width: int, tokens: int) -> list[Config]:
-    return [Config("default", 4 if n <= 4 else 2, min(width, 256), 4, parts=1)]
+    return [Config("default", 4 if n <= 4 else 2, min(width, 256), 4)]
 
 
 def _coefficients(n: int, width: int, tokens: int) -> list[Config]:
-    return [Config("default", 16, 0, 2 if n <= 4 else 4)]
+    return [Config("default", 16, 1, 2 if n <= 4 else 4)]
 
 
 def _pre_backward(n: int, width: int, tokens: int) -> list[Config]:
     block = 32 if n <= 4 else 16
-    default = Config("default", block, min(max(width, 16), 32), 4)
+    default = Config("default", block, min(max(width, 16), 32), 4, parts=_parts(tokens, block))
     return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
 
 
 def _boundary_backward(n: int, width: int, tokens: int) -> list[Config]:
     # Everything follows tl.dot's layout: 16 tokens a warp, or, for fewer tokens than elements, 8 elements a warp. Other
     # shapes would hold every element in several warps.
-    default = Config("default", 64 if n <= 4 else 16, 16 if n <= 4 else 32, 4, stages=1)
-    return [default, Config("few_tokens", 16, 32, 4, stages=1)]
+    block = 64 if n <= 4 else 16
+    default = Config("default", block, 16 if n <= 4 else 32, 4, 1, _parts(tokens, block))
+    return [default, Config("few_tokens", 16, 32, 4, 1, _parts(tokens, 16))]
 
 
 def _parameters(n: int, width: int, tokens: int) -> list[Config]:
@@ -220,8 +225,8 @@ def precision() -> str:
 
 
 def gradient_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies fp32 for a gradient that is rounded to `dtype`: one tf32 product errs by an eighth of what
-    bf16 does."""
+    """How `tl.dot` multiplies fp32 for a gradient that is rounded to `dtype`: tf32 errs by an eighth of what bf16 does,
+    and as fp16 does."""
     return precision() if dtype == torch.float32 or torch.version.hip else "tf32"
 
 

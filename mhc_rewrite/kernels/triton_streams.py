@@ -24,8 +24,8 @@ def load_streams(X, t, c, mask, C, COUNT: tl.constexpr):
 
 @triton.jit
 def add_product(x, w, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """total + x @ w to fp32's precision. EXACT: bf16 holds every x, so that three bf16 products do, of what w is the sum of:
-    half of what tf32's three take, and x need not be split."""
+    """total + x @ w to fp32's precision. EXACT: bf16 holds every x. Then w as the sum of three bf16 numbers takes three
+    bf16 products, half the work of three in tf32, and x need not be split."""
     if EXACT:
         x = x.to(tl.bfloat16)
         high = w.to(tl.bfloat16)

@@ -105,7 +105,7 @@ def _forward(n: int, width: int, tokens: int) -> list[Config]:
 
 
 def _parts(tokens: int, block: int) -> int:
-    """Into how many parts C is cut so that about a thousand programs run, eight for each multiprocessor of a large GPU."""
+    """Into how many parts C is cut for about a thousand programs, eight for each multiprocessor of a large GPU."""
     return min(64, max(1, 1024 * block // tokens))
 
 

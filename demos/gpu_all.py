@@ -82,7 +82,7 @@ def main(
     # Models take longest; the others fill what is left.
     beside.sort(key=lambda one: one.part != "models")
     alone = [part for part in PARTS if part in wanted and part not in BESIDE]
-    run_jobs(beside, workers, out, end - (0.45 * budget if alone else 5), tiny)
+    run_jobs(beside, workers, out, end - (0.6 * budget if alone else 5), tiny)
     summary(out)
     for part in alone:
         run_jobs(jobs_of(part, 1, tiny), 1, out, end - 5, tiny)
@@ -97,7 +97,9 @@ def main(
 def jobs_of(part: str, workers: int, tiny: bool) -> list[Job]:
     slices = {"checks": min(8, workers), "models": 6, "compile": workers}.get(part, 1)
     limit = {"checks": 150.0, "models": 200.0, "compile": 100.0, "sweep": 100.0, "times": 75.0, "training": 90.0}[part]
-    return [Job(part, k, 1 if tiny else slices, limit) for k in range(1 if tiny else slices)]
+    if tiny:
+        return [Job(part, 0, 1, 6 * limit)]
+    return [Job(part, k, slices, limit) for k in range(slices)]
 
 
 def run_jobs(jobs: list[Job], at_once: int, out: Path, end: float, tiny: bool) -> None:

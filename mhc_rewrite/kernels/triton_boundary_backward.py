@@ -157,7 +157,7 @@ def _state_kernel(
         g_h_post += first * N
         h_res += first * N * M
         g_h_res += first * N * M
-        shares += first * tl.num_programs(1) * N * (M + 1)
+        shares += first * N * (M + 1)
     k = tl.arange(0, KP)
     WHOLE: tl.constexpr = KP <= 32  # more columns would not fit into registers
     if WHOLE:

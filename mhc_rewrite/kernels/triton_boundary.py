@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import pre_of, store_coefficients
-from mhc_rewrite.kernels.triton_configs import Launch, choose, power_of_two, precision
-from mhc_rewrite.kernels.triton_streams import load_streams, mixed, pre_weight
+from mhc_rewrite.kernels.triton_configs import Launch, choose, cut, power_of_two, precision
+from mhc_rewrite.kernels.triton_streams import add_product, load_streams, mixed, pre_weight
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def _project(
     With MIX the state is made, and stored, on the way.
     """
     K: tl.constexpr = N * N + 2 * N
+    EXACT: tl.constexpr = state.dtype.element_ty == tl.bfloat16
     k = tl.arange(0, KP)
     stream = tl.arange(0, NP)[None, :]
     product = tl.zeros((TOKENS, KP), tl.float32)
@@ -56,10 +57,11 @@ def _project(
                 x = mixed(tiles, branch, X, y, h_post_in, h_res_in, t, real, i, M, N)
                 tl.store(state + rows, x.to(state.dtype.element_ty), mask=mask)
             else:
-                x = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(X + rows, mask=mask, other=0.0)
             weights = phi + tl.cast(i * C, tl.int64) * K
             w = tl.load(weights + c[:, None] * K + k[None, :], mask=(c < last)[:, None] & (k < K)[None, :], other=0.0)
-            product = tl.dot(x, w, product, input_precision=PRECISION)
+            product = add_product(x, w, product, EXACT, PRECISION)
+            x = x.to(tl.float32)
             squares += tl.where(stream == i, tl.sum(x * x, axis=1)[:, None], 0.0)
     return product, squares
 
@@ -156,8 +158,17 @@ def _project_part_kernel(
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    real = t < T
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    t = tl.arange(0, TOKENS)
+    real = t < T - first
+    X += first * M * C
+    products += first * tl.num_programs(1) * K
+    squares += first * tl.num_programs(1) * N
+    if MIX:
+        y += first * C
+        h_post_in += first * N
+        h_res_in += first * N * M
+        state += first * S * C
     start = tl.program_id(1) * PART
     product, square = _project(
         X, y, h_post_in, h_res_in, state, phi, t, real, start, tl.minimum(start + PART, C), C,
@@ -178,8 +189,17 @@ def _finish_part_kernel(
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = N * N + 2 * N
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    real = t < T
+    block = tl.program_id(0).to(tl.int64) * TOKENS
+    t = tl.arange(0, TOKENS)
+    real = t < T - block
+    state += block * S * C
+    products += block * PARTS * K
+    squares += block * PARTS * N
+    u += block * C
+    h_post += block * N
+    h_res += block * N * N
+    raw += block * K
+    r += block * (1 if CONSTRAINED else N)
     k = tl.arange(0, KP)
     stream = tl.arange(0, NP)[None, :]
     product = tl.zeros((TOKENS, KP), tl.float32)
@@ -264,12 +284,14 @@ def forward_launches(
     made.update({"alpha": alpha, "bias": bias, "iterations": iterations, "eps_norm": eps})
     if config.parts == 1:
         return [Launch(_forward_kernel, (blocks,), {**given, **made}, {**sweep, **flags}, config)]
-    part = config.width * triton.cdiv(triton.cdiv(width, config.width), config.parts)
-    parts = triton.cdiv(width, part)
+    part, parts = cut(width, config)
     shares = {"products": phi.new_empty((tokens, parts, phi.shape[1])), "squares": phi.new_empty((tokens, parts, n))}
-    shares["PART"] = part
-    finished = {"state": state, "T": tokens, "C": width, "PARTS": parts}
+    finish = choose("finish", n, width, tokens)
+    of_finish, finishing = cut(width, finish)
+    finished = {"state": state, "T": tokens, "C": width, "PART": of_finish, "PARTS": parts}
+    sizes.update({"TOKENS": finish.tokens, "WIDTH": finish.width})
+    grid = triton.cdiv(tokens, finish.tokens), finishing
     return [
-        Launch(_project_part_kernel, (blocks, parts), {**given, **shares}, sweep, config),
-        Launch(_finish_part_kernel, (blocks, parts), {**finished, **shares, **made}, {**sizes, **flags}, config),
+        Launch(_project_part_kernel, (blocks, parts), {**given, **shares, "PART": part}, sweep, config),
+        Launch(_finish_part_kernel, grid, {**finished, **shares, **made}, {**sizes, **flags}, finish),
     ]

@@ -25,8 +25,8 @@ class Config:
         tokens: tokens of a block.
         width: elements of C of a block; a power of two.
         warps, stages: Triton's num_warps and num_stages.
-        parts: into how many parts at most the sum is cut that a block would otherwise do alone: C in `forward`, the
-            tokens in `parameters`.
+        parts: into how many parts at most what a block would otherwise do alone is cut: C in `forward` and `finish`,
+            the tokens in `parameters`.
     """
 
     name: str
@@ -48,16 +48,29 @@ class Launch:
     config: Config
 
     def run(self) -> None:
+        # Triton launches on the current device; the first argument of every kernel is a tensor.
+        device = next(iter(self.arguments.values())).device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._run()
+        self._run()
+
+    def _run(self) -> None:
         options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
         self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
-_overrides: dict[str, str] = {}
+_overrides: dict[str, str | Config] = {}
 
 
 def choose(kernel: str, n: int, width: int, tokens: int) -> Config:
     """The configuration of a kernel for n streams of `width` elements."""
-    name = _overrides.get(kernel, "default")
+    chosen = _overrides.get(kernel, "default")
+    return chosen if isinstance(chosen, Config) else _named(kernel, chosen, n, width, tokens, lanes())
+
+
+@functools.lru_cache(maxsize=1024)  # every call of an operator asks
+def _named(kernel: str, name: str, n: int, width: int, tokens: int, _lanes: int) -> Config:
     return next(config for config in configurations(kernel, n, width, tokens) if config.name == name)
 
 
@@ -85,24 +98,43 @@ def _forward(n: int, width: int, tokens: int) -> list[Config]:
     block = 32 if n <= 4 else 16
     whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
     large = dataclasses.replace(whole, name="large", tokens=2 * block, warps=8)
-    # phi is most of the traffic then: up to 64 programs read it.
-    split = Config("split", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
-    few = tokens <= 64 and width >= 256
-    default = dataclasses.replace(split if few else whole, name="default")
-    return [default, large, whole, split]
+    split = dataclasses.replace(whole, name="split", tokens=2 * block, parts=_parts(tokens, 2 * block))
+    few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
+    default = whole if width < 256 else few if tokens <= 64 else split
+    return [dataclasses.replace(default, name="default"), large, whole, split, few]
+
+
+def _parts(tokens: int, block: int) -> int:
+    """Into how many parts C is cut for about a thousand programs, eight for each multiprocessor of a large GPU."""
+    return min(64, max(1, 1024 * block // tokens))
+
+
+def _finish(n: int, width: int, tokens: int) -> list[Config]:
+    few = tokens <= 64
+    default = Config("default", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if few and n <= 4 else 4, parts=64)
+    return [default]
+
+
+def _dots(n: int, width: int, tokens: int) -> list[Config]:
+    return [Config("default", 4 if n <= 4 else 2, min(width, 256), 4)]
+
+
+def _coefficients(n: int, width: int, tokens: int) -> list[Config]:
+    return [Config("default", 16, 1, 2 if n <= 4 else 4)]
 
 
 def _pre_backward(n: int, width: int, tokens: int) -> list[Config]:
     block = 32 if n <= 4 else 16
-    default = Config("default", block, min(max(width, 16), 32), 4)
+    default = Config("default", block, min(max(width, 16), 32), 4, parts=_parts(tokens, block))
     return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
 
 
 def _boundary_backward(n: int, width: int, tokens: int) -> list[Config]:
     # Everything follows tl.dot's layout: 16 tokens a warp, or, for fewer tokens than elements, 8 elements a warp. Other
     # shapes would hold every element in several warps.
-    default = Config("default", 64 if n <= 4 else 16, 16 if n <= 4 else 32, 4, stages=1)
-    return [default, Config("few_tokens", 16, 32, 4, stages=1)]
+    block = 64 if n <= 4 else 16
+    default = Config("default", block, 16 if n <= 4 else 32, 4, 1, _parts(tokens, block))
+    return [default, Config("few_tokens", 16, 32, 4, 1, _parts(tokens, 16))]
 
 
 def _parameters(n: int, width: int, tokens: int) -> list[Config]:
@@ -118,6 +150,9 @@ _TABLE: dict[str, Callable[[int, int, int], list[Config]]] = {
     "post": _post,
     "post_backward": _post,
     "forward": _forward,
+    "finish": _finish,
+    "dots": _dots,
+    "coefficients": _coefficients,
     "pre_backward": _pre_backward,
     "boundary_backward": _boundary_backward,
     "parameters": _parameters,
@@ -126,8 +161,8 @@ KERNELS = tuple(_TABLE)
 
 
 @contextlib.contextmanager
-def using(kernel: str, name: str) -> Iterator[None]:
-    """Inside, a kernel takes the configuration of this name.
+def using(kernel: str, name: str | Config) -> Iterator[None]:
+    """Inside, a kernel takes the configuration of this name, or the one given.
 
     Raises:
         KeyError: there is none of this name.
@@ -167,9 +202,9 @@ def tune(kernel: str, launches: Callable[[], list[Launch]]) -> str:
     return fastest
 
 
-def _override(kernel: str, name: str) -> None:
+def _override(kernel: str, name: str | Config) -> None:
     names = _names(kernel)
-    if name not in names:
+    if isinstance(name, str) and name not in names:
         raise KeyError(f"{kernel} has no configuration {name!r}; it has {', '.join(sorted(names))}.")
     _overrides[kernel] = name
 
@@ -187,6 +222,18 @@ def precision() -> str:
     """How `tl.dot` multiplies fp32: three tf32 products where tensor cores have them, plain fp32 on AMD, where tf32
     does not compile on every chip."""
     return "ieee" if torch.version.hip else "tf32x3"
+
+
+def gradient_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies fp32 for a gradient that is rounded to `dtype`: tf32 errs by an eighth of what bf16 does,
+    and as fp16 does."""
+    return precision() if dtype == torch.float32 or torch.version.hip else "tf32"
+
+
+def cut(width: int, config: Config) -> tuple[int, int]:
+    """How much of C a program takes where C is cut into parts, and how many programs that makes."""
+    part = config.width * -(-width // (config.width * config.parts))
+    return part, -(-width // part)
 
 
 def lanes() -> int:

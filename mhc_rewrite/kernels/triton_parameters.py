@@ -19,7 +19,7 @@ from torch import Tensor
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import tanh
 from mhc_rewrite.kernels.triton_configs import Launch, choose, power_of_two, precision
-from mhc_rewrite.kernels.triton_streams import as_stored
+from mhc_rewrite.kernels.triton_streams import add_product, as_stored
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _phi_gradient(
     KB: tl.constexpr, ATOMIC: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = N * N + 2 * N
+    EXACT: tl.constexpr = X.dtype.element_ty == tl.bfloat16 and y.dtype.element_ty == tl.bfloat16
     block = tl.program_id(0)
     parts = tl.num_programs(1)
     k = block % (KP // KB) * KB + tl.arange(0, KB)
@@ -61,7 +62,7 @@ def _phi_gradient(
         x = tl.trans(tl.reshape(x, (TOKENS, SP * WIDTH)))
         columns = g_product + t[:, None] * K + k[None, :]
         columns = tl.load(columns, mask=real[:, None] & (k < K)[None, :], other=0.0)
-        total = tl.dot(x, columns, total, input_precision=PRECISION)
+        total = add_product(x, columns, total, EXACT, PRECISION)
     row = tl.arange(0, SP * WIDTH)
     stream = row // WIDTH
     c = start_c + row % WIDTH
@@ -72,7 +73,7 @@ def _phi_gradient(
     else:
         size = tl.cast(C, tl.int64) * S * K
         tl.store(phi_parts + tl.program_id(1) * size + places, total, mask=mask)
-        if _is_last(arrivals + block, parts):
+        if is_last(arrivals + block, parts):
             total = tl.zeros((SP * WIDTH, KB), tl.float32)
             for part in range(parts):
                 total += tl.load(phi_parts + part * size + places, mask=mask, other=0.0, cache_modifier=".cg")
@@ -106,7 +107,7 @@ def _alpha_and_bias_gradients(
         own = bias_parts + tl.program_id(1) * 2 * K + k
         tl.store(own, by_bias, mask=k < K)
         tl.store(own + K, by_alpha, mask=k < K)
-        if _is_last(arrivals + tl.program_id(0), parts):
+        if is_last(arrivals + tl.program_id(0), parts):
             by_bias = tl.zeros((KP,), tl.float32)
             by_alpha = tl.zeros((KP,), tl.float32)
             for part in range(parts):
@@ -143,7 +144,7 @@ def _state_tile(
 
 
 @triton.jit
-def _is_last(counter, parts):
+def is_last(counter, parts):
     """Counts this program; whether all others of its block have been here, so that what they wrote can be read."""
     tl.debug_barrier()  # every thread has written before one of them counts
     return tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1

@@ -23,6 +23,23 @@ def load_streams(X, t, c, mask, C, COUNT: tl.constexpr):
 
 
 @triton.jit
+def add_product(x, w, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x @ w to fp32's precision. EXACT: bf16 holds every x. Then w as the sum of three bf16 numbers takes three
+    bf16 products, half the work of three in tf32, and x need not be split."""
+    if EXACT:
+        x = x.to(tl.bfloat16)
+        high = w.to(tl.bfloat16)
+        rest = w - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        total = tl.dot(x, low, total)
+        total = tl.dot(x, middle, total)
+        return tl.dot(x, high, total)
+    else:
+        return tl.dot(x.to(tl.float32), w, total, input_precision=PRECISION)
+
+
+@triton.jit
 def as_stored(x, X, y):
     """x as a state made from X and y holds it, in fp32: rounded to the dtype of both, or not where they differ."""
     if X.dtype.element_ty == y.dtype.element_ty:

@@ -6,6 +6,7 @@ out is held against the default's. Then its own launch is timed, after those bef
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -32,16 +33,17 @@ class Job(NamedTuple):
 
 
 JOBS = [
-    Job("forward", "pre", 0, lambda n: n),
-    Job("forward", "boundary", 0, lambda n: 2 * n + 1),
+    Job("pre", "pre", 0, lambda n: n),
+    Job("boundary", "boundary", 0, lambda n: 2 * n + 1),
     Job("finish", "pre", 1, lambda n: n + 1),
     Job("dots", "pre_backward", 0, lambda n: n + 1),
     Job("dots", "boundary_backward", 0, lambda n: n + 2),
     Job("coefficients", "boundary_backward", 1, lambda n: 0),
-    Job("pre_backward", "pre_backward", 2, lambda n: 2 * n + 1),
-    Job("boundary_backward", "boundary_backward", 2, lambda n: 3 * n + 3),
-    Job("parameters", "pre_backward", 3, lambda n: n),
-    Job("parameters", "boundary_backward", 3, lambda n: n + 1),
+    Job("state", "pre_backward", 2, lambda n: 2 * n + 1),
+    Job("state", "boundary_backward", 2, lambda n: 2 * n + 1),
+    Job("unmix", "boundary_backward", 3, lambda n: 3 * n + 2),
+    Job("pre_parameters", "pre_backward", 3, lambda n: n),
+    Job("boundary_parameters", "boundary_backward", 4, lambda n: n + 1),
     Job("post", "post", 0, lambda n: 2 * n + 1),
     Job("post_backward", "post_backward", 0, lambda n: 3 * n + 2),
 ]
@@ -64,22 +66,25 @@ def grid(
 
 
 def configurations(job: Job) -> list[Config]:
-    mix = job.chain.startswith("boundary")
-    if job.kernel == "forward":
+    if job.kernel in ("pre", "boundary"):
+        mix = job.kernel == "boundary"
         whole = grid((4, 16), (16, 32, 64), (32, 64), (4, 8), (2, 3))
         stages = (2, 3) if mix else (2, 3, 4)
         parts = (4, 10) if mix else (4, 10, 20)
         split = grid((8, 16 if mix else 32), (16, 32, 64, 128), (32, 64, 128), (4, 8), stages, parts)
         return [*whole, *split]
+    parameters = grid((2, 16), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3), (256, 512, 1024))
+    streamed = grid((4, 16), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8))
     return list({
         "finish": grid((4, 16), (4, 8, 16, 32), (64, 128, 256, 512), (2, 4, 8), parts=(1, 4, 64)),
         "dots": grid((4, 16), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8), parts=(1, 2, 4)),
         "coefficients": grid((0, 1e9), (4, 8, 16, 32, 64), (1,), (1, 2, 4)),
-        "pre_backward": grid((4, 16), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3), (1, 4, 20)),
-        "boundary_backward": grid((2, 8), (16, 32, 64, 128), (16, 32, 64), (4, 8), (1, 2), (1, 4, 10)),
-        "parameters": grid((2, 16), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3), (256, 512, 1024)),
+        "state": grid((4, 16), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3), (1, 4, 20)),
+        "pre_parameters": parameters,
+        "boundary_parameters": parameters,
         "post": grid((8, 32), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8)),
-        "post_backward": grid((4, 16), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8)),
+        "post_backward": streamed,
+        "unmix": streamed,
     }[job.kernel])  # fmt: skip
 
 
@@ -145,11 +150,11 @@ class Chains:
 
 def of(candidate: Candidate, chains: Chains) -> tuple[list[Launch], tuple[Tensor, ...]]:
     split = Config("split", 64, 64, 4, 2, 10)
-    with using("forward", candidate.config if candidate.job.kernel == "forward" else split):
-        if candidate.job.kernel == "forward":
-            return chains.make(candidate.job.chain)
-        with using(candidate.job.kernel, candidate.config):
-            return chains.make(candidate.job.chain)
+    with contextlib.ExitStack() as stack:
+        if candidate.job.kernel == "finish":  # which is there only behind a cut
+            stack.enter_context(using("pre", split))
+        stack.enter_context(using(candidate.job.kernel, candidate.config))
+        return chains.make(candidate.job.chain)
 
 
 def compile_one(candidate: Candidate, chains: Chains) -> None:

@@ -12,7 +12,7 @@ from mhc_rewrite.config import check_recompute
 from mhc_rewrite.passes import annotate_recompute as recomputation
 from mhc_rewrite.passes.annotate_recompute import annotate_recompute
 from mhc_rewrite.passes.fuse_boundaries import fuse_boundaries
-from mhc_rewrite.torch_private import inductor, joint_graph_pass, joint_graph_passes
+from mhc_rewrite.torch_private import inductor, joint_graph_pass
 
 
 def mhc(
@@ -37,8 +37,8 @@ def mhc(
     fuse_boundaries(graph_module, example_inputs)
     segments = annotate_recompute(graph_module, example_inputs, recompute=recompute)
     if segments.modified:
-        mine = joint_graph_pass(recomputation.mark_joint_graph, recomputation.uuid(segments))
-        options["joint_custom_pre_pass"] = [*joint_graph_passes(options), mine]
+        mine = joint_graph_pass(recomputation.mark_joint_graph, recomputation.uuid(segments), options)
+        options["joint_custom_pre_pass"] = mine
     return inductor(mode, options)(graph_module, example_inputs)
 
 

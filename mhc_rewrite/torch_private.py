@@ -91,27 +91,27 @@ def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
 
-def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str) -> Any:
-    """`run` as a pass on Inductor's joint graph; `uuid` is part of the key of the caches of compiled graphs.
+def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str, options: dict[str, Any]) -> Any:
+    """`run` as a pass on Inductor's joint graph, behind those that the user has asked for, here or in Inductor's own
+    configuration. `uuid` becomes part of the key of the caches of compiled graphs; passes without one switch them off.
 
-    The option that takes it is `joint_custom_pre_pass`. Should either go, annotations of the joint graph have to find
-    another hook, and tests/test_recompute.py fails first.
+    The option that takes it is `joint_custom_pre_pass`: one pass in torch 2.11, one or a list in 2.13, so that this is
+    one. Should either go, annotations of the joint graph have to find another hook, and tests/test_recompute.py fails
+    first.
     """
+    from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    asked = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    earlier = list(asked) if isinstance(asked, (list, tuple)) else [asked] if asked is not None else []
 
     class JointGraphPass(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            run(graph)
+            for one in (*earlier, run):
+                one(graph)
 
-        def uuid(self) -> str:
-            return uuid
+        def uuid(self) -> Any:
+            known = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in earlier]
+            return None if None in known else (*known, uuid)
 
     return JointGraphPass()
-
-
-def joint_graph_passes(options: dict[str, Any]) -> list[Any]:
-    """The passes on the joint graph that the user has asked for, here or in Inductor's own configuration."""
-    from torch._inductor import config
-
-    asked = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
-    return list(asked) if isinstance(asked, (list, tuple)) else [asked] if asked is not None else []

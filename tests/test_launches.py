@@ -1,4 +1,4 @@
-"""What sites and operators launch on a GPU: at a fused boundary one kernel forward and two backward."""
+"""What sites and operators launch on a GPU: at a fused boundary two kernels forward and five backward."""
 
 from __future__ import annotations
 
@@ -16,46 +16,55 @@ import launches
 from launches import Form, More, N, Row
 from mocked_gpu import counting
 
-FORWARD = {"boundary: _forward_kernel": 1}
-BACKWARD = {"boundary_backward: _state_backward_kernel": 1, "boundary_backward: _parameters_kernel": 1}
+
+def by_name(operator: str, count: float = 1) -> dict[str, float]:
+    """What `count` calls launch of an operator that projects, on many tokens."""
+    kernels = {
+        "pre": ("project_part", "finish_part"),
+        "boundary": ("project_part", "finish_part"),
+        "pre_backward": ("dots", "coefficients", "state", "parameters"),
+        "boundary_backward": ("dots", "coefficients", "state", "post_backward", "parameters"),
+    }[operator]
+    return {f"{operator}: _{kernel}_kernel": count for kernel in kernels}
+
+
+FORWARD, BACKWARD = by_name("boundary"), by_name("boundary_backward")
 
 # A stream of L sites has a `pre`, L - 1 boundaries and a `post_collapse`: one operator more than sites. The rest of
 # what they launch are sums and means over n, and their gradients, of parameters and coefficients.
 START_AND_END = {
-    "pre: _forward_kernel": 1, "boundary: _forward_kernel": -1, "post_collapse: _post_forward_kernel": 1,
+    **by_name("pre"), **by_name("boundary", -1), "post_collapse: _post_forward_kernel": 1,
     "pre: sum": 1, "boundary: sum": 1,  # one stream meets the sum of phi's rows and of H_res's columns
     "post_collapse: mean": 2,  # of H_post and H_res
 }  # fmt: skip
 START_AND_END_BACKWARD = {
-    "pre_backward: _state_backward_kernel": 1, "boundary_backward: _state_backward_kernel": -1,
-    "pre_backward: _parameters_kernel": 1, "boundary_backward: _parameters_kernel": -1,
+    **by_name("pre_backward"), **by_name("boundary_backward", -1),
     "post_collapse_backward: _post_backward_kernel": 1,
     "pre_backward: sum": 1, "boundary_backward: sum": 1, "pre_backward: repeat": 1, "boundary_backward: clone": 1,
     "post_collapse_backward: mean": 2, "post_collapse_backward: div": 2,
 }  # fmt: skip
 FUSED = Row(
-    (More(1, FORWARD), More(2, BACKWARD)),
+    (More(2, FORWARD), More(5, BACKWARD)),
     # Backward besides: the two gradients of the model's input are added, and one kernel for the weights of the first
     # two norms becomes two, as they no longer read the same tensor.
-    (More(5, START_AND_END), More(9 + 2, START_AND_END_BACKWARD)),
+    (More(5, START_AND_END), More(8 + 2, START_AND_END_BACKWARD)),
 )
 # Inductor fuses an activation, dropout or scale at the end of a block, and its gradient, with the residual add. At a
 # boundary it stays a kernel of its own: one more each.
-ACTIVATED = Row((More(1 + 1, FORWARD), More(2 + 1, BACKWARD)), FUSED.ends)
+ACTIVATED = Row((More(2 + 1, FORWARD), More(5 + 1, BACKWARD)), FUSED.ends)
 # phi's columns are spread from (C, n + 2) by Inductor: one kernel forward, one for the sums and three to put columns
 # together backward.
-HC = Row((More(1 + 1, FORWARD), More(2 + 1 + 3, BACKWARD)), FUSED.ends)
+HC = Row((More(2 + 1, FORWARD), More(5 + 1 + 3, BACKWARD)), FUSED.ends)
 # Two sites are a `pre`, a boundary and a `post`, of which backward repeats the first two and adds two gradients of the
 # state between the pairs.
 RECOMPUTED = Row(
     (
-        More(3 / 2, {"pre: _forward_kernel": 0.5, "boundary: _forward_kernel": 0.5, "post: _post_forward_kernel": 0.5}),
+        More(5 / 2, {**by_name("pre", 0.5), **by_name("boundary", 0.5), "post: _post_forward_kernel": 0.5}),
         More(
-            (2 + 2 + 2 + 1 + 1) / 2,
+            (4 + 4 + 5 + 1 + 1) / 2,
             {
-                "pre: _forward_kernel": 0.5, "boundary: _forward_kernel": 0.5,
-                "pre_backward: _state_backward_kernel": 0.5, "pre_backward: _parameters_kernel": 0.5,
-                "boundary_backward: _state_backward_kernel": 0.5, "boundary_backward: _parameters_kernel": 0.5,
+                **by_name("pre", 0.5), **by_name("boundary", 0.5),
+                **by_name("pre_backward", 0.5), **by_name("boundary_backward", 0.5),
                 "post_backward: _post_backward_kernel": 0.5,
             },
         ),
@@ -83,16 +92,9 @@ RECOMPUTED = Row(
 )  # fmt: skip
 APART = Row(
     (
-        More(2, {"pre: _forward_kernel": 1, "post: _post_forward_kernel": 1}),
+        More(3, {**by_name("pre"), "post: _post_forward_kernel": 1}),
         # Inductor adds the two gradients of the state: 4.
-        More(
-            3 + 1,
-            {
-                "post_backward: _post_backward_kernel": 1,
-                "pre_backward: _state_backward_kernel": 1,
-                "pre_backward: _parameters_kernel": 1,
-            },
-        ),
+        More(5 + 1, {"post_backward: _post_backward_kernel": 1, **by_name("pre_backward")}),
     ),
     # The expanded streams are copied out, by each operator anew; the mean is fused with the norm behind it, while its
     # gradient is spread over the streams by a kernel. The other one backward is of the norms' weights, as above.
@@ -133,34 +135,36 @@ def test_sites() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators(dtype: torch.dtype) -> None:
     """Contiguous operands of many tokens: nothing besides the kernels but at the ends of a stream."""
-    forward, post, post_gradient = {"_forward_kernel": 1}, {"_post_forward_kernel": 1}, {"_post_backward_kernel": 1}
-    gradient = {"_state_backward_kernel": 1, "_parameters_kernel": 1}
+    pre, boundary, gradient, boundary_gradient = (
+        {kernel.removeprefix(f"{operator}: "): count for kernel, count in by_name(operator).items()}
+        for operator in ("pre", "boundary", "pre_backward", "boundary_backward")
+    )
+    post, post_gradient = {"_post_forward_kernel": 1}, {"_post_backward_kernel": 1}
     assert launches.operators(dtype=dtype) == {
-        "pre": forward,
+        "pre": pre,
         "post": post,
         "post_collapse": {**post, "mean": 2},
-        "boundary": forward,
+        "boundary": boundary,
         "pre_backward": gradient,
         "post_backward": post_gradient,
         "post_collapse_backward": {**post_gradient, "mean": 2, "div": 2},
-        "boundary_backward": gradient,
+        "boundary_backward": boundary_gradient,
     }
     assert launches.operators(dtype=dtype, streams=1) == {
-        "pre": {**forward, "sum": 1},
+        "pre": {**pre, "sum": 1},
         "post": {**post, "sum": 1},
         "post_collapse": {**post, "mean": 2, "sum": 1},
-        "boundary": {**forward, "sum": 1},
+        "boundary": {**boundary, "sum": 1},
         "pre_backward": {**gradient, "sum": 1, "repeat": 1},
         "post_backward": {**post_gradient, "sum": 1, "clone": 1},
         "post_collapse_backward": {**post_gradient, "mean": 2, "div": 2, "sum": 1, "clone": 1},
-        "boundary_backward": {**gradient, "sum": 1, "clone": 1},
+        "boundary_backward": {**boundary_gradient, "sum": 1, "clone": 1},
     }
 
 
-def test_few_tokens_take_two_launches_forward() -> None:
-    few, many = launches.operators(tokens=64), launches.operators(tokens=65)
-    split = {"_project_part_kernel": 1, "_finish_part_kernel": 1}
-    assert few == {**many, "pre": split, "boundary": split}
+def test_short_rows_take_one_launch_forward() -> None:
+    short, long = launches.operators(width=128), launches.operators(width=129)
+    assert short == {**long, "pre": {"_forward_kernel": 1}, "boundary": {"_forward_kernel": 1}}
 
 
 def test_copies_count() -> None:

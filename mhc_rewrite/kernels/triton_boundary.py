@@ -263,7 +263,7 @@ def forward_launches(
 ) -> list[Launch]:  # fmt: skip
     """One launch, or two for few tokens. `mix`: y, H_post and H_res of the site before, or None for `pre`."""
     (tokens, _, width), n, rules = X.shape, streams_of(phi.shape[1]), KINDS[kind]
-    config = choose("forward", n, width, tokens)
+    config = choose("boundary" if mix else "pre", n, width, tokens)
     blocks = triton.cdiv(tokens, config.tokens)
     sizes = {"N": n, "NP": power_of_two(n), "KP": max(16, power_of_two(phi.shape[1])), "S": state.shape[1]}
     sizes.update({"TOKENS": config.tokens, "WIDTH": config.width})

@@ -25,8 +25,8 @@ class Config:
         tokens: tokens of a block.
         width: elements of C of a block; a power of two.
         warps, stages: Triton's num_warps and num_stages.
-        parts: into how many parts at most what a block would otherwise do alone is cut: C in `forward` and `finish`,
-            the tokens in `parameters`.
+        parts: into how many parts at most what a block would otherwise do alone is cut: the tokens in `pre_parameters`
+            and `boundary_parameters`, C elsewhere.
     """
 
     name: str
@@ -93,69 +93,92 @@ def _post(n: int, width: int, tokens: int) -> list[Config]:
     return [default, fewer]
 
 
-def _forward(n: int, width: int, tokens: int) -> list[Config]:
-    # phi is read once a block of tokens. The tiles of eight streams leave registers for less than those of four.
+def _unmix(n: int, width: int, tokens: int) -> list[Config]:
+    # As the gradient of `post`, but all streams are in registers together with all gradients.
+    if n <= 4:
+        return [dataclasses.replace(_post(n, width, tokens)[0], name="default")]
+    columns = min(width, 128 if n <= 8 else 64)
+    return [Config("default", max(1, 4 * 4 * lanes() // columns), columns, 4)]
+
+
+def _pre(n: int, width: int, tokens: int) -> list[Config]:
+    # phi is read once a block of tokens: more columns of phi call for larger blocks, and shorter rows then.
+    default = Config("default", 128, min(max(width, 16), 64 if n <= 4 else 32 if n <= 8 else 16), 8, 4 if n <= 4 else 2)
+    return _forward(default, _parts(tokens, 128, 512), n, width, tokens)
+
+
+def _boundary(n: int, width: int, tokens: int) -> list[Config]:
+    # All streams are in registers, and the product.
+    tokens_, warps = (64, 4) if n <= 4 else (128, 8) if n <= 8 else (64, 8)
+    default = Config("default", tokens_, min(max(width, 16), 32 if n <= 4 else 16), warps, 3 if n <= 4 else 2)
+    return _forward(default, _parts(tokens, tokens_, 256), n, width, tokens)
+
+
+def _forward(default: Config, parts: int, n: int, width: int, tokens: int) -> list[Config]:
+    """For many tokens the default, cut into parts; for few more of them; where rows are short one launch is enough."""
     block = 32 if n <= 4 else 16
     whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
-    large = dataclasses.replace(whole, name="large", tokens=2 * block, warps=8)
-    split = dataclasses.replace(whole, name="split", tokens=2 * block, parts=_parts(tokens, 2 * block))
     few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
-    default = whole if width < 256 else few if tokens <= 64 else split
-    return [dataclasses.replace(default, name="default"), large, whole, split, few]
+    split = dataclasses.replace(default, name="split", parts=parts)
+    chosen = whole if width < 256 else few if tokens <= 64 else split
+    return [dataclasses.replace(chosen, name="default"), whole, split, few]
 
 
-def _parts(tokens: int, block: int) -> int:
-    """Into how many parts C is cut for about a thousand programs, eight for each multiprocessor of a large GPU."""
-    return min(64, max(1, 1024 * block // tokens))
+def _parts(tokens: int, block: int, programs: int) -> int:
+    """Into how many parts C is cut, four at least: with few blocks of tokens, for about so many programs."""
+    return min(64, max(4, programs * block // tokens))
 
 
 def _finish(n: int, width: int, tokens: int) -> list[Config]:
-    few = tokens <= 64
-    default = Config("default", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if few and n <= 4 else 4, parts=64)
-    return [default]
+    if tokens <= 64:
+        return [Config("default", 16 if n <= 4 else 8, min(max(width, 16), 64), 8 if n <= 4 else 4, parts=64)]
+    return [Config("default", 8, min(max(width, 16), 128), 2 if n <= 4 else 4, parts=_parts(tokens, 8, 1024))]
 
 
 def _dots(n: int, width: int, tokens: int) -> list[Config]:
-    return [Config("default", 4 if n <= 4 else 2, min(width, 256), 4)]
+    return [Config("default", 1, min(width, 512), 4)]
 
 
 def _coefficients(n: int, width: int, tokens: int) -> list[Config]:
-    return [Config("default", 16, 1, 2 if n <= 4 else 4)]
+    return [Config("default", 4, 1, 1 if n <= 8 else 4)]
 
 
-def _pre_backward(n: int, width: int, tokens: int) -> list[Config]:
-    block = 32 if n <= 4 else 16
-    default = Config("default", block, min(max(width, 16), 32), 4, parts=_parts(tokens, block))
-    return [default, dataclasses.replace(default, name="eight_warps", warps=8)]
+def _state(n: int, width: int, tokens: int) -> list[Config]:
+    few = tokens <= 64
+    block = 16 if few else 64
+    default = Config("default", block, min(max(width, 16), 64), 4 if few else 8, 1, parts=_parts(tokens, block, 2048))
+    return [default, dataclasses.replace(default, name="four_warps", tokens=min(block, 32), warps=4)]
 
 
-def _boundary_backward(n: int, width: int, tokens: int) -> list[Config]:
-    # Everything follows tl.dot's layout: 16 tokens a warp, or, for fewer tokens than elements, 8 elements a warp. Other
-    # shapes would hold every element in several warps.
-    block = 64 if n <= 4 else 16
-    default = Config("default", block, 16 if n <= 4 else 32, 4, 1, _parts(tokens, block))
-    return [default, Config("few_tokens", 16, 32, 4, 1, _parts(tokens, 16))]
+def _pre_parameters(n: int, width: int, tokens: int) -> list[Config]:
+    # A block holds the gradients of phi's rows for all streams: `width` rows of each, 128 rows in all.
+    columns = max(min(width, 64 if n <= 2 else 32 if n <= 4 else 16 if n <= 8 else 8), 16 // power_of_two(n))
+    # About two programs a multiprocessor, and few more parts than that takes: each writes its sums to memory.
+    small = n <= 4
+    default = Config(
+        "default", 64 if small else 32, columns, 4 if small else 8, 3 if small else 2, 256 if small else 512
+    )
+    return [default, dataclasses.replace(default, name="few_parts", parts=default.parts // 2)]
 
 
-def _parameters(n: int, width: int, tokens: int) -> list[Config]:
-    # A block holds the gradients of phi's rows for all streams: `width` rows of each.
-    columns = min(width, 64 if n <= 2 else 32 if n <= 4 else 16)
-    # About 256 programs, and no more parts than that takes: each writes its sums to memory. A warp of 64 lanes is two.
-    warps = 4 if n <= 4 or lanes() == 64 else 8
-    default = Config("default", 32 if n <= 4 else 16, max(columns, 16 // power_of_two(n)), warps, parts=256)
-    return [default, dataclasses.replace(default, name="few_parts", parts=128)]
+def _boundary_parameters(n: int, width: int, tokens: int) -> list[Config]:
+    columns = max(min(width, 64 if n <= 4 else 16 if n <= 8 else 8), 16 // power_of_two(n))
+    default = Config("default", 32, columns, 4 if n <= 4 else 8, 2, 256 if n <= 4 else 512)
+    return [default, dataclasses.replace(default, name="few_parts", parts=default.parts // 2)]
 
 
 _TABLE: dict[str, Callable[[int, int, int], list[Config]]] = {
     "post": _post,
     "post_backward": _post,
-    "forward": _forward,
+    "unmix": _unmix,
+    "pre": _pre,
+    "boundary": _boundary,
     "finish": _finish,
     "dots": _dots,
     "coefficients": _coefficients,
-    "pre_backward": _pre_backward,
-    "boundary_backward": _boundary_backward,
-    "parameters": _parameters,
+    "state": _state,
+    "pre_parameters": _pre_parameters,
+    "boundary_parameters": _boundary_parameters,
 }
 KERNELS = tuple(_TABLE)
 

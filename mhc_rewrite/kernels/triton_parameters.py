@@ -150,9 +150,9 @@ def is_last(counter, parts):
     return tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
 
 
-def blocks(n: int, columns: int, width: int, tokens: int) -> int:
+def blocks(n: int, columns: int, width: int, tokens: int, mix: bool) -> int:
     """How many counters the launch needs, all zero."""
-    config = choose("parameters", n, width, tokens)
+    config = choose(_name(mix), n, width, tokens)
     return triton.cdiv(width, config.width) * (_padded(columns) // _block_of_columns(columns)) + 1
 
 
@@ -164,8 +164,8 @@ def parameters_launch(
     (tokens, given, width), columns = X.shape, raw.shape[1]
     n = streams_of(columns)
     streams = given if mix is None else n
-    config = choose("parameters", n, width, tokens)
-    count = blocks(n, columns, width, tokens)
+    config = choose(_name(mix is not None), n, width, tokens)
+    count = blocks(n, columns, width, tokens, mix is not None)
     of_tokens = triton.cdiv(tokens, config.tokens)
     of_part = triton.cdiv(of_tokens, max(1, config.parts // count))
     parts = triton.cdiv(of_tokens, of_part)
@@ -184,6 +184,10 @@ def parameters_launch(
         "ATOMIC": atomic, "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": precision(),
     }  # fmt: skip
     return Launch(_parameters_kernel, (count, parts), arguments, constants, config)
+
+
+def _name(mix: bool) -> str:
+    return "boundary_parameters" if mix else "pre_parameters"
 
 
 def _padded(columns: int) -> int:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mhc_rewrite.kernels.triton_configs import Launch, choose
+from mhc_rewrite.kernels.triton_streams import load_streams, mixed
 
 
 @triton.jit
@@ -47,9 +48,10 @@ def _post_forward_kernel(
 
 @triton.jit
 def _post_backward_kernel(
-    g_out, X, y, h_post, h_res, g_X, g_y, g_post, g_res, T, C,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    g_out, X, y, h_post, h_res, decays, g_X, g_y, g_post, g_res, T, C,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DECAYS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """DECAYS: of so many decays a token, one for all rows or one each, X' times its own is taken off g_out first."""
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - first
@@ -62,6 +64,7 @@ def _post_backward_kernel(
     g_post += first * ROWS
     h_res += first * ROWS * COLUMNS
     g_res += first * ROWS * COLUMNS
+    decays += first * DECAYS
     post_sums = ()
     res_sums = ()
     for _i in tl.static_range(ROWS):
@@ -75,9 +78,14 @@ def _post_backward_kernel(
         to_branch = tl.zeros((TOKENS, WIDTH), tl.float32)
         gradients = ()
         new_post = ()
+        if DECAYS:
+            streams = load_streams(X, t, c, mask, C, COLUMNS)
         for i in tl.static_range(ROWS):
             rows = (t * ROWS * C)[:, None] + c[None, :] + i * C
             gradient = tl.load(g_out + rows, mask=mask, other=0.0).to(tl.float32)
+            if DECAYS:
+                decay = tl.load(decays + t * DECAYS + i % DECAYS, mask=real, other=0.0)[:, None]
+                gradient -= decay * mixed(streams, branch, X, y, h_post, h_res, t, real, i, COLUMNS, ROWS)
             to_branch += tl.load(h_post + t * ROWS + i, mask=real, other=0.0)[:, None] * gradient
             new_post = new_post + (post_sums[i] + tl.sum(gradient * branch, axis=1),)
             gradients = gradients + (gradient,)
@@ -86,7 +94,10 @@ def _post_backward_kernel(
         new_res = ()
         for j in tl.static_range(COLUMNS):
             rows = (t * COLUMNS * C)[:, None] + c[None, :] + j * C
-            stream = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
+            if DECAYS:
+                stream = streams[j]
+            else:
+                stream = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
             to_stream = tl.zeros((TOKENS, WIDTH), tl.float32)
             for i in tl.static_range(ROWS):
                 weight = tl.load(h_res + (t * ROWS + i) * COLUMNS + j, mask=real, other=0.0)
@@ -131,16 +142,21 @@ def post_launch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, out: Tensor
 
 def post_backward_launch(
     g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor,
-    g_X: Tensor, g_y: Tensor, g_post: Tensor, g_res: Tensor,
+    g_X: Tensor, g_y: Tensor, g_post: Tensor, g_res: Tensor, decays: Tensor | None = None,
 ) -> Launch:  # fmt: skip
+    """`decays` (T, 1) or (T, rows): the gradient of X' is g_out - decays X'."""
     (tokens, columns, width), rows = X.shape, h_res.shape[1]
-    config = choose("post_backward", max(rows, columns), width, tokens)
+    config = choose("post_backward" if decays is None else "unmix", max(rows, columns), width, tokens)
     tensors = {"g_out": g_out, "X": X, "y": y, "h_post": h_post, "h_res": h_res}
+    tensors["decays"] = h_post if decays is None else decays
     gradients = {"g_X": g_X, "g_y": g_y, "g_post": g_post, "g_res": g_res}
     return Launch(
         _post_backward_kernel,
         (triton.cdiv(tokens, config.tokens),),
         {**tensors, **gradients, "T": tokens, "C": width},
-        {"COLUMNS": columns, "ROWS": rows, "TOKENS": config.tokens, "WIDTH": config.width},
+        {
+            "COLUMNS": columns, "ROWS": rows, "DECAYS": 0 if decays is None else decays.shape[1],
+            "TOKENS": config.tokens, "WIDTH": config.width,
+        },
         config,
-    )
+    )  # fmt: skip

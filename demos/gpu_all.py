@@ -5,10 +5,11 @@ limit of their own, so that a crash or a stop loses nothing: each row is on disk
 
     checks     the operators against the reference in fp64, forward and backward
     models     converted transformers: values, gradients, generation, CUDA graphs, streams, equal bits
+    warm       what training and times compile, compiled once, by a process each
     compile    what the sweep will time, compiled by all cores
     sweep      every kernel in many configurations: time, bytes a second, registers, error
-    times      the operators beside a copy, aten and other libraries
     training   a training step over the unconverted model's
+    times      the operators beside a copy, aten and other libraries
 
 FOLDER gets rows.jsonl (as they come), gpu.json (all of it), gpu.md (the tables of docs/gpu.md) and log.txt. With --tiny
 it runs on a CPU in small sizes, which shows that it runs and nothing else; the sweep then by Triton's interpreter.
@@ -33,8 +34,8 @@ import torch  # noqa: E402
 import typer  # noqa: E402
 from gpu_tables import markdown  # noqa: E402
 
-PARTS = ("checks", "models", "compile", "sweep", "times", "training")
-BESIDE = {"checks", "models", "compile"}  # share the GPU: nothing is timed
+PARTS = ("checks", "models", "warm", "compile", "sweep", "training", "times")
+BESIDE = {"checks", "models", "warm", "compile"}  # share the GPU: nothing is timed
 
 
 @dataclass
@@ -79,8 +80,8 @@ def main(
 
     write(out, {"part": "about", **about(device), "budget": budget, "parts": wanted, "workers": workers})
     beside = [one for part in PARTS if part in wanted and part in BESIDE for one in jobs_of(part, workers, tiny)]
-    # Models take longest; the others fill what is left.
-    beside.sort(key=lambda one: one.part != "models")
+    # These take longest; the others fill what is left.
+    beside.sort(key=lambda one: one.part not in ("models", "warm"))
     alone = [part for part in PARTS if part in wanted and part not in BESIDE]
     run_jobs(beside, workers, out, end - (0.6 * budget if alone else 5), tiny)
     summary(out)
@@ -95,8 +96,11 @@ def main(
 
 
 def jobs_of(part: str, workers: int, tiny: bool) -> list[Job]:
-    slices = {"checks": min(8, workers), "models": 6, "compile": workers}.get(part, 1)
-    limit = {"checks": 150.0, "models": 200.0, "compile": 100.0, "sweep": 100.0, "times": 75.0, "training": 90.0}[part]
+    slices = {"checks": min(8, workers), "models": 6, "warm": 4, "compile": workers}.get(part, 1)
+    limit = {
+        "checks": 150.0, "models": 200.0, "warm": 150.0, "compile": 100.0, "sweep": 100.0, "training": 90.0,
+        "times": 120.0,
+    }[part]  # fmt: skip
     if tiny:
         return [Job(part, 0, 1, 6 * limit)]
     return [Job(part, k, slices, limit) for k in range(slices)]
@@ -214,23 +218,36 @@ def run_part(part: str, slice_: int, of: int, out: Path, device: str, tiny: bool
         record({"slice": slice_, "compiled": done, "of": len(mine), "failed": failed})
     elif part == "sweep":
         sweep(sizes, dtype, device, tiny, end, record)
-    elif part == "times":
-        from gpu_times import measure
-
-        sizes = sizes if tiny else [
-            *sizes, Size(16, 4, 7168), Size(8192, 2, 2560), Size(8192, 8, 2560), Size(16, 2, 7168), Size(16, 8, 7168),
-        ]  # fmt: skip
-        rounds = 2 if tiny else 11
-        for size in sizes:
-            measure([size], dtype, device, rounds, ["ours", "eager aten", "Liger", "TransformerEngine"], record)
-        for size in [] if tiny else sizes[:2]:  # last, as they compile for a minute
-            measure([size], dtype, device, rounds, ["compiled aten"], record)
     elif part == "training":
         from gpu_training import TINY as SHORT_STEP
         from gpu_training import Shape, training_rows
 
         for row in training_rows(device, SHORT_STEP if tiny else Shape(), 2 if tiny else 7):
             record(row)
+    elif part == "warm":
+        warm(slice_, of, sizes[0], dtype, device, tiny, record)
+    elif part == "times":
+        from gpu_times import measure
+
+        more = [Size(16, 4, 7168), Size(8192, 2, 2560), Size(8192, 8, 2560), Size(16, 2, 7168), Size(16, 8, 7168)]
+        rounds = 2 if tiny else 9
+        # What matters most first; what others compile or do slowly last.
+        measure(sizes + more * (not tiny), dtype, device, rounds, ["ours", "Liger", "TransformerEngine"], record)
+        measure(sizes[:1], dtype, device, rounds, ["compiled aten"], record)
+        measure(sizes, dtype, device, min(rounds, 3), ["eager aten"], record)
+
+
+def warm(slice_: int, of: int, size: Any, dtype: torch.dtype, device: str, tiny: bool, record: Any) -> None:
+    from gpu_times import measure
+    from gpu_training import TINY, VARIANTS, Shape
+    from gpu_training import warm as one_step
+
+    compiled = [variant for variant in VARIANTS if variant.compiled]
+    for variant in [*compiled, None][slice_::of]:
+        if variant is not None:
+            record(one_step(variant, device, TINY if tiny else Shape()))
+        else:
+            measure([size], dtype, device, 1, ["compiled aten"])
 
 
 def sweep(sizes: list[Any], dtype: torch.dtype, device: str, tiny: bool, end: float, record: Any) -> None:

@@ -18,9 +18,9 @@ def markdown(rows: list[Row]) -> str:
     for part, title, make in (
         ("checks", "Operators against the reference in fp64", _checks),
         ("models", "Converted models", _models),
+        ("training", "A training step", _training),
         ("times", "Times", _times),
         ("sweep", "Configurations", _sweep),
-        ("training", "A training step", _training),
     ):
         if part in of:
             parts.append(f"## {title}\n\n{make(of[part])}")

@@ -51,6 +51,18 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+def warm(variant: Variant, device: str, shape: Shape) -> dict[str, Any]:
+    """One step, which leaves what is compiled in the caches on disk."""
+    started = time.perf_counter()
+    row = {"shape": " x ".join(map(str, shape)), "variant": str(variant)}
+    try:
+        _step(variant, device, shape)()
+        _wait(device)
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {error}"[:600]
+    return {**row, "s": round(time.perf_counter() - started, 1)}
+
+
 def training_rows(device: str, shape: Shape, rounds: int = 7) -> Iterator[dict[str, Any]]:
     for variant in VARIANTS:
         row = {"shape": " x ".join(map(str, shape)), "variant": str(variant)}
@@ -64,6 +76,28 @@ def training_rows(device: str, shape: Shape, rounds: int = 7) -> Iterator[dict[s
 
 
 def measured(variant: Variant, device: str, shape: Shape, rounds: int) -> dict[str, Any]:
+    step = _step(variant, device, shape)
+    started = time.perf_counter()
+    for _ in range(3):
+        step()
+    _wait(device)
+    row: dict[str, Any] = {"first_s": time.perf_counter() - started}
+    taken = []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(rounds):
+        started = time.perf_counter()
+        step()
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    row["ms"] = 1e3 * statistics.median(taken)
+    if device == "cuda":
+        row["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
+        row |= _profiled(step)
+    return row
+
+
+def _step(variant: Variant, device: str, shape: Shape) -> Callable[[], None]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -83,24 +117,7 @@ def measured(variant: Variant, device: str, shape: Shape, rounds: int) -> dict[s
         run(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    started = time.perf_counter()
-    for _ in range(3):
-        step()
-    _wait(device)
-    row: dict[str, Any] = {"first_s": time.perf_counter() - started}
-    taken = []
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(rounds):
-        started = time.perf_counter()
-        step()
-        _wait(device)
-        taken.append(time.perf_counter() - started)
-    row["ms"] = 1e3 * statistics.median(taken)
-    if device == "cuda":
-        row["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
-        row |= _profiled(step)
-    return row
+    return step
 
 
 def _run(model: nn.Module, variant: Variant) -> Callable[..., Any]:

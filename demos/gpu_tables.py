@@ -1,4 +1,7 @@
-"""The tables of docs/gpu.md from the rows of demos/gpu_all.py: python demos/gpu_tables.py gpu.json"""
+"""The tables of docs/gpu.md from the rows of demos/gpu_all.py: python demos/gpu_tables.py gpu.json ... > docs/gpu.md
+
+Of several files the later ones' parts stand for those of the earlier.
+"""
 
 from __future__ import annotations
 
@@ -134,4 +137,6 @@ def _training(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    files = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
+    last = {row["part"]: k for k, rows in enumerate(files) for row in rows}
+    print(markdown([row for k, rows in enumerate(files) for row in rows if last[row["part"]] == k]), end="")

@@ -15,16 +15,22 @@ from mhc_rewrite.kernels.triton_configs import KERNELS, configurations, using
 CEILING = {
     "post": (128, 128),
     "post_backward": (250, 400),
-    "pre": (200, 128),
-    "boundary": (255, 256),
-    "pre, state": (184, 128),
-    "pre, parameters": (216, 192),
-    "boundary, state": (255, 336),
-    "boundary, parameters": (224, 500),
-    "pre, few tokens": (184, 128),
+    "pre": (200, 256),
+    "boundary": (255, 336),
+    "pre, dots": (80, 80),
+    "pre, coefficients": (144, 128),
+    "pre, state": (144, 128),
+    "pre, parameters": (184, 256),
+    "boundary, dots": (80, 80),
+    "boundary, coefficients": (144, 128),
+    "boundary, state": (128, 128),
+    "boundary, unmix": (255, 400),
+    "boundary, parameters": (255, 336),
+    "pre, few tokens": (184, 184),
     "boundary, few tokens": (224, 256),
     "few tokens, finish": (96, 96),
 }
+STACK = 16  # bytes a thread that ptxas may put aside, to stay at 64 or 128 registers; a value of a loop takes more
 # MHC_WHOLE_GRID=1: more streams, and every configuration; otherwise one that is no default.
 WHOLE_GRID = os.environ.get("MHC_WHOLE_GRID") == "1"
 STREAMS = [2, 3, 4, 8] if WHOLE_GRID else [4]
@@ -39,7 +45,7 @@ def test_resources(n: int, target: str) -> None:
     amd = target.startswith("gfx")
     for kernel, launch in kernel_compile.launches(n, target).items():
         used = kernel_compile.resources(launch, kernel_compile.TARGETS[target])
-        assert used.spills == 0, (kernel, used)
+        assert used.spills <= (0 if amd else STACK), (kernel, used)
         assert used.registers <= CEILING[kernel][amd], (kernel, used)
         # Rows of 768 bf16 are aligned to 16 bytes: what streams through without tl.dot is read and written so.
         if kernel in ("post", "post_backward"):

@@ -37,7 +37,12 @@ def table(head: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
 
 
 def _about(row: Row) -> str:
-    return f"{row['device']}; torch {row['torch']}, Triton {row['Triton']}."
+    return f"""# On a GPU
+
+What `python demos/gpu_all.py --out FOLDER` found on one {row["device"]}; torch {row["torch"]}, Triton {row["Triton"]}.
+`python demos/gpu_tables.py FOLDER/gpu.json` prints this page. Errors are relative, of the worst of the outputs and
+gradients. Times are medians on the device, with nothing of what is read in its cache; a fraction is the time of a
+`copy_` of as many bytes as the operator must move, over its own."""
 
 
 def _checks(rows: list[Row]) -> str:

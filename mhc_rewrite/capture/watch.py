@@ -85,6 +85,9 @@ class Watch:
         self.before: list[tuple[Any, Any]] = []  # (object, a shallow copy of what it held)
         self.patched: dict[Any, Any] = {}
         self.codes: set[types.CodeType] = set()
+        self.inner: set[types.CodeType] = (
+            set()
+        )  # of functions that these make: their cells are variables of the forward
         self.classes: dict[type, Way] = {}
         self.functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self.visited: set[int] = set()
@@ -94,6 +97,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.outer = sys.getprofile()
+        self.collects = gc.isenabled()
+        gc.disable()  # its callbacks would run as if the forward had called them
         for module, path in {**self.tracer.paths, self.root: ""}.items():
             steps = attributes_of(path)
             self._own(module, (None, steps))
@@ -104,6 +109,8 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         self.pause()
+        if self.collects:
+            gc.enable()
         for kind, before in self.patched.items():
             if before is None:
                 del kind.__getattribute__
@@ -227,8 +234,8 @@ class Watch:
         self.found[key] = Read(*way, value, identical)
 
     def _container(self, key: Any, way: Way, value: Any) -> None:
-        if id(value) in self.visited:
-            return
+        if id(value) in self.visited or any(type(item) in TRACED for item in _held(value)):
+            return  # what holds a traced value already was made by the forward
         self.visited.add(id(value))
         root, steps = way
         if isinstance(value, (list, dict, set)):
@@ -261,6 +268,7 @@ class Watch:
                 self.asked(_ASKED[code])
             if code not in self.codes and not is_machinery(code.co_filename):
                 self.codes.add(code)
+                self.inner.update(part for part in code.co_consts if isinstance(part, types.CodeType))
                 self._globals(frame)
                 self._closure(frame)
 
@@ -324,6 +332,8 @@ class Watch:
 
     def _closure(self, frame: types.FrameType) -> None:
         """The cells of the function that runs: the frame has their values, the function the cells."""
+        if frame.f_code in self.inner:
+            return
         names = [name for name in frame.f_code.co_freevars if name != "__class__" and name in frame.f_locals]
         values = [frame.f_locals[name] for name in names]
         if not any(_may_change(value) for value in values):
@@ -438,6 +448,8 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
+    if type(value) in TRACED:  # which says that it is what it stands for
+        return False
     if isinstance(value, dict):
         return depth < 6 and all(_is_plain(k, depth + 1) and _is_plain(v, depth + 1) for k, v in value.items())
     if isinstance(value, _CONTAINERS):
@@ -447,8 +459,8 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 def _held(thing: Any) -> Iterator[Any]:
     if isinstance(thing, dict):
-        return iter(thing.values())
-    return iter(thing if isinstance(thing, (list, set)) else vars(thing).values())
+        return iter(list(thing.values()))
+    return iter(thing if isinstance(thing, _CONTAINERS) else vars(thing).values())
 
 
 def _put_back(thing: Any, held: Any) -> None:

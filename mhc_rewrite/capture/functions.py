@@ -43,7 +43,7 @@ def _opaque(run: Callable[..., Any], owner: Any) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return run(owner, *args, **kwargs)
 
-    name = owner.name if isinstance(owner, torch.jit.ScriptFunction) else owner.__name__
+    name: Any = owner.name if isinstance(owner, torch.jit.ScriptFunction) else owner.__name__
     call.__name__ = call.__qualname__ = name
     call.__module__ = "mhc_rewrite.opaque"
     setattr(call, _OPAQUE, True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import itertools
 import operator
 import threading
@@ -79,8 +80,8 @@ class ModuleTracer(fx.Tracer):
         try:
             with self.watch, calls_seen(self):
                 result = forward(self.root, *args, **kwargs)
-                self.watch.check_numpy()
                 self.shadowing = True
+                self.watch.check_numpy()
                 if self.refused is not None:  # the forward's own code may have caught it
                     raise self.refused
                 given_key, given_leaves = flatten(given)
@@ -266,6 +267,11 @@ class ModuleTracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor):
             return self._tensor(a)
+        if isinstance(a, enum.Enum):
+            return self._constant(a)
+        if type(a) is not bool and isinstance(a, (int, float, complex)):  # of numpy, say, which code could not name
+            kind: Any = next(kind for kind in (int, float, complex) if isinstance(a, kind))
+            return kind(a)
         if isinstance(a, (int, float, complex, str, bytes, type(None), torch.dtype, torch.device,
                           torch.layout, torch.memory_format, type(Ellipsis))):  # fmt: skip
             return a

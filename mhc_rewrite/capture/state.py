@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -24,11 +25,15 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     ]
     attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in module.modules()]
     random_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         random.setstate(random_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for owner, name, buffer, value in buffers:
             if not buffer.is_meta:
                 with torch.no_grad():

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def user_line() -> SourceLine | None:
             return source_line(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+Frame = tuple[str, str, int, int]  # file, function, line, and the instruction within the function
+
+
+def frames_within(outermost: tuple[CodeType, ...]) -> tuple[Frame, ...]:
+    """The frames of all code but this package's, from the innermost call of `outermost` to here, outermost first."""
+    frames: list[Frame] = []
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code not in outermost:
+        file = frame.f_code.co_filename
+        if not file.startswith(_OWN_CODE):
+            frames.append((file, frame.f_code.co_name, frame.f_lineno or 0, frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(reversed(frames))
 
 
 def source_line(file: str, line: int) -> SourceLine:

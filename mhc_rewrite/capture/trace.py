@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
+from mhc_rewrite.capture.axes import AxisFollower, Followed
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
-from mhc_rewrite.capture.record import source_line, user_line
+from mhc_rewrite.capture.record import Frame, frames_within, source_line, user_line
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.plans import SourceLine
 
@@ -42,13 +43,28 @@ class Guard:
     expected: Any
 
 
+@dataclass(frozen=True)
+class InlinedCall:
+    """A call of the carrier or of a module captured with it.
+
+    Attributes:
+        module: its path from the carrier.
+        serial: when it began.
+        frames: the Python frames from its forward to what is being looked at, outermost first.
+    """
+
+    module: str
+    serial: int
+    frames: tuple[Frame, ...]
+
+
 @dataclass
 class ModuleGraph:
     """A forward as captured.
 
     Node metadata: `shape`, `dtype` (of tensors), `source` (SourceLine), `holder` (the inlined module that ran it,
-    relative to the carrier), `serial` and `holder_call` (when it ran, and when that module's call began), `mixes` and
-    `axes` (of child calls), `storage`, `inplace`.
+    relative to the carrier), `serial` (when it ran), `calls` (the calls of inlined modules that it ran in), `mixes` and
+    `axes` (of child calls: what it does with each of its tensors), `storage`, `inplace`.
 
     Attributes:
         module: the carrier's name.
@@ -165,12 +181,12 @@ class _Functions(TorchFunctionMode):
 
 
 class _ChildWatch(TorchFunctionMode):
-    """What a child does with its tensors: whether it mixes, and along which axis of each of them."""
+    """What a child does with its tensors: whether it mixes, and what happens to the axes of each of them."""
 
     def __init__(self, child: nn.Module, tensors: list[Tensor]) -> None:
         super().__init__()
-        self.followers = {id(t): vocabulary.AxisFollower(id(t), t.dim()) for t in tensors}
-        self.axes: dict[int, int] = {}
+        self.parameters: set[Any] = {id(p) for p in child.parameters()}
+        self.followers = {id(t): AxisFollower(t, _id, _shape, self.parameters) for t in tensors}
         self.mixes = False
         self.saw_anything = False
         self.has_matrices = any(p.dim() >= 2 for p in child.parameters())
@@ -182,14 +198,30 @@ class _ChildWatch(TorchFunctionMode):
         self.saw_anything = True
         self.mixes = self.mixes or vocabulary.is_mixing(func)
         self.kept.append(result)
-        inputs = [id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        rank = result.dim() if isinstance(result, Tensor) else None
-        for key, follower in self.followers.items():
-            if key not in self.axes:
-                axis = follower.step(func, inputs, args, kwargs, id(result), rank)
-                if axis is not None:
-                    self.axes[key] = axis
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if inputs and all(id(t) in self.parameters for t in inputs):
+            self.parameters.update(id(t) for t in tree_leaves(result))
+        for follower in self.followers.values():
+            follower.step(func, args, kwargs, result)
         return result
+
+    def followed(self, tensor: Tensor, result: Any) -> Followed:
+        follower = self.followers[id(tensor)]
+        items = {None: result} if isinstance(result, Tensor) else dict(enumerate(_items(result)))
+        ends = {i: follower.axes[id(item)] for i, item in items.items() if id(item) in follower.axes}
+        return Followed(follower.evidence, ends)
+
+
+def _id(value: Any) -> int | None:
+    return id(value) if isinstance(value, (Tensor, tuple, list)) else None
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 class ModuleTracer(fx.Tracer):
@@ -202,7 +234,8 @@ class ModuleTracer(fx.Tracer):
         self.paths = {child: path for path, child in module.named_modules() if path}
         self.tensor_paths = {id(t): path for path, t in (*module.named_parameters(), *module.named_buffers())}
         self.holders = [""]
-        self.holder_call, self.serials = 0, itertools.count(1)
+        self.serials = itertools.count(1)
+        self.calls: tuple[InlinedCall, ...] = (InlinedCall("", 0, ()),)
         self.shadowing = False
         self.captured = ModuleGraph(name, self.graph)
         self.constants: dict[int, tuple[fx.Node, Any]] = {}
@@ -270,16 +303,25 @@ class ModuleTracer(fx.Tracer):
             if self.shadowing:
                 return original(module, *args, **kwargs)
             if path is None or module in self.inlined:
-                self.holders.append(path if path is not None else self.holders[-1])
-                outer, self.holder_call = self.holder_call, next(self.serials)
-                try:
-                    return module.forward(*args, **kwargs)
-                finally:
-                    self.holders.pop()
-                    self.holder_call = outer
+                return self._inline(module, path, args, kwargs)
             return self.create_proxy("call_module", path, args, kwargs)
 
         return call
+
+    def _inline(self, module: nn.Module, path: str | None, args: Any, kwargs: Any) -> Any:
+        self.holders.append(path if path is not None else self.holders[-1])
+        outer = self.calls
+        self.calls = (*self.calls_here(), InlinedCall(self.holders[-1], next(self.serials), ()))
+        try:
+            return module.forward(*args, **kwargs)
+        finally:
+            self.holders.pop()
+            self.calls = outer
+
+    def calls_here(self) -> tuple[InlinedCall, ...]:
+        """The calls that are under way, the innermost with the frames that lead to here."""
+        *outer, inner = self.calls
+        return (*outer, dataclasses.replace(inner, frames=frames_within((self.run.__code__, self._inline.__code__))))
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
@@ -294,7 +336,7 @@ class ModuleTracer(fx.Tracer):
                 return value
             node = self.graph.create_node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs)))
             node.meta.update(facts, source=source, holder=self.holders[-1])
-            node.meta.update(serial=next(self.serials), holder_call=self.holder_call)
+            node.meta.update(serial=next(self.serials), calls=self.calls_here())
             if kind == "call_method" and isinstance(args[0], TracedValue):
                 node.meta["on_object"] = not isinstance(args[0].value, (Tensor, int, float))
             changed = self._written(kind, target, kwargs, inputs, value)
@@ -333,7 +375,7 @@ class ModuleTracer(fx.Tracer):
             value = child(*real_args, **real_kwargs)
         facts["mixes"] = watch.mixes or (watch.has_matrices and not watch.saw_anything)
         traced = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TracedValue)]
-        facts["axes"] = {t.node.name: watch.axes[id(t.value)] for t in traced if id(t.value) in watch.axes}
+        facts["axes"] = {t.node.name: watch.followed(t.value, value) for t in traced if id(t.value) in watch.followers}
         return value, facts
 
     def _written(

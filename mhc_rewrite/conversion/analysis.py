@@ -24,9 +24,11 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.captures import CallKind, Captures
 from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import SiteTarget
+from mhc_rewrite.passes.feature_axis import MIN_WIDTH, Votes, elected
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
-from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, mixes
 from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_streams, site_ref
+from mhc_rewrite.passes.same_site import Known, SiteKey
 from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -39,14 +41,14 @@ class CarrierWiring:
     Attributes:
         inlined: names of the modules captured as part of it.
         targets: adds to rewrite, by key.
-        known: all residual adds that the example showed, by key.
+        known: what is settled about all residual adds that the example showed, by key.
         entries: leaf path -> (rank of the trunk, stream number, whether it may come in as streams).
         leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
     """
 
     inlined: set[str] = field(default_factory=set)
     targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
-    known: set[SiteKey] = field(default_factory=set)
+    known: dict[SiteKey, Known] = field(default_factory=dict)
     entries: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     leaves: dict[int, list[bool]] = field(default_factory=dict)
 
@@ -78,6 +80,8 @@ class _Mode:
 
     training: bool
     recording: Recording
+    chosen: list[ModuleCall]
+    rejected: list[Rejection]  # by the recording alone
     calls: list[tuple[ModuleCall, Residuals]]
     streams: list[LinkedStream]
     rejections: list[Rejection]
@@ -145,7 +149,7 @@ def analyse(
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
             captures.collect(more_args, more_kwargs, mode.training)
-    wiring = _wire(modes, streams, kept, repeated, captures.inlined)
+    wiring = _wire(modes, streams, kept, repeated, captures)
     return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
 
 
@@ -184,10 +188,52 @@ def _capture_and_link(
             captures.collect(args, kwargs, training)
             calls = [recording.calls[carrier.call] for carrier in carriers]
             modes.append(_link(recording, calls, captures, rejected, config, training, result))
+        modes = _on_agreed_axes(modes, captures, config)
         further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
         if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):
             return captures, modes
         parents |= further
+
+
+def _on_agreed_axes(modes: list[_Mode], captures: Captures, config: MHCConfig) -> list[_Mode]:
+    """Gives all sites of a stream one axis, by a vote of all of them; streams without one are no streams."""
+    before: dict[tuple[str, SiteKey], Known] = {}
+    while True:
+        decided: dict[str, dict[SiteKey, Known]] = defaultdict(dict)
+        for mode in modes:
+            for stream in mode.streams:
+                if len(stream.refs) < config.min_sites:
+                    continue
+                for ref, settled in _settled(stream).items():
+                    if (ref.carrier, ref.key) in before and before[ref.carrier, ref.key] != settled:
+                        settled = Known(
+                            settled.channel_dim, ("axis", "its streams do not agree on the axis of features")
+                        )
+                    before[ref.carrier, ref.key] = decided[ref.carrier][ref.key] = settled
+        if not decided:
+            return modes
+        captures.settle(decided)
+        modes = [
+            _link(mode.recording, mode.chosen, captures, mode.rejected, config, mode.training, mode.result)
+            for mode in modes
+        ]
+
+
+def _settled(stream: LinkedStream) -> dict[SiteRef, Known]:
+    """What the vote of a stream changes."""
+    sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
+    axis = elected(sum((site.votes for _, site in sites), Votes()))
+    refused = None
+    if axis is None:
+        refused = (
+            "axis",
+            "nothing in its branches shows which axis carries the features, or as much for one as another",
+        )
+    elif sites[0][1].read.meta["shape"][axis] < MIN_WIDTH:
+        width = sites[0][1].read.meta["shape"][axis]
+        refused = ("width", f"its axis of features has size {width}: coordinates, which are not to be projected")
+    changes = {ref: Known(-1 if axis is None else axis, refused) for ref, site in sites}
+    return changes if refused or any(site.channel_dim != axis for _, site in sites) else {}
 
 
 def _can_capture(
@@ -222,19 +268,20 @@ def _link(
     training: bool, result: Any,
 ) -> _Mode:  # fmt: skip
     calls = []
+    rejected = list(rejections)
     for call in chosen:
         captured = captures.by_kind[CallKind(call.name, training, flatten(call.bound)[0])]
         if isinstance(captured, CaptureError):
             if not _matches_module(call.name, config.exclude):
                 raise captured
-            rejections.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
+            rejected.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
             continue
         calls.append((call, captured[1]))
     found = {id(residuals): residuals for _, residuals in calls}  # layers that are alike share one
     streams, endings = link_streams(recording, calls)
-    rejected = [*rejections, *(r for residuals in found.values() for r in residuals.rejections)]
+    rejected += [r for residuals in found.values() for r in residuals.rejections]
     rejected += [ending.rejection for ending in endings]
-    return _Mode(training, recording, calls, streams, rejected, endings, result)
+    return _Mode(training, recording, chosen, rejections, calls, streams, rejected, endings, result)
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------
@@ -246,9 +293,7 @@ def _name_sites(model: nn.Module, modes: list[_Mode]) -> dict[SiteRef, ResidualS
     counts: dict[str, int] = defaultdict(int)
     for mode in modes:
         for call, residuals in mode.calls:
-            for site in sorted(
-                (site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place
-            ):
+            for site in residuals.sites():
                 ref = site_ref(call, site)
                 if ref not in sites:
                     name = ".".join(filter(None, (ref.holder, f"mhc_{counts[ref.holder]}")))
@@ -264,7 +309,7 @@ def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
         name=name, holder=ref.holder, carrier=ref.carrier,
         branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
         width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(_trunk_dtype(site)),
-        source=site.add.meta.get("source") or SourceLine(ref.file, ref.line, ""),
+        source=site.add.meta.get("source") or SourceLine(ref.key.line, 0, ""),
     )  # fmt: skip
 
 
@@ -387,15 +432,15 @@ def _wire(
     streams: list[ResidualStream],
     kept: list[tuple[SiteRef, ...]],
     repeated: list[set[str]],
-    inlined: dict[str, set[str]],
+    captures: Captures,
 ) -> dict[str, CarrierWiring]:
     carriers: dict[str, CarrierWiring] = {}
     for number, (stream, refs) in enumerate(zip(streams, kept, strict=True)):
         for site, ref in zip(stream.sites, refs, strict=True):
-            wiring = carriers.setdefault(ref.carrier, CarrierWiring(inlined[ref.carrier]))
+            known = captures.known[captures.likeness(ref.carrier)]
+            wiring = carriers.setdefault(ref.carrier, CarrierWiring(captures.inlined[ref.carrier], known=known))
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
-            holder = ref.holder[len(ref.carrier) :].lstrip(".")
-            wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
+            wiring.targets[ref.key] = SiteTarget(path, number)
     # A carrier that only ever begins a stream never gets one: an axis more is a mistake there.
     opening = {refs[0].carrier for refs in kept} - {
         ref.carrier
@@ -405,7 +450,6 @@ def _wire(
     }
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
-            carriers[call.name].known.update(site.key for site in trunk.sites)
             target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
                 entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)

@@ -6,7 +6,7 @@ A site is an add `s + b` where the trunk `s`, perhaps behind operations that act
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.trace import ModuleGraph, is_structure
-from mhc_rewrite.passes import lifting
+from mhc_rewrite.passes import feature_axis, lifting
+from mhc_rewrite.passes.feature_axis import Votes
 from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
-from mhc_rewrite.plans import Rejection, SourceLine
-
-SiteKey = tuple[str, str, int, int]
+from mhc_rewrite.passes.same_site import Known, SiteKey, make_key, matched
+from mhc_rewrite.plans import Rejection
 
 
 @dataclass(eq=False)
@@ -35,9 +35,10 @@ class FoundSite:
         scale: the trunk's own factor, `torch.add(f(x), x, alpha=scale)`.
         region: what is computed from `read` on the way to the branches.
         channel_dim: the axis that the branch mixes, -1 or 1.
-        key: what names this add in every capture of the same forward: holder, file, line, occurrence.
+        key: what names this add in every capture of the same forward.
         absorbed: inner sums that became part of this one.
         place: the add's number among the graph's nodes.
+        votes: what shows which axis carries the features.
     """
 
     add: fx.Node
@@ -48,9 +49,10 @@ class FoundSite:
     scale: float | int
     region: set[fx.Node]
     channel_dim: int = -1
-    key: SiteKey = ("", "", 0, 0)
+    key: SiteKey = SiteKey()
     absorbed: set[fx.Node] = field(default_factory=set)
     place: int = 0
+    votes: Votes = field(default_factory=Votes)
 
 
 @dataclass(eq=False)
@@ -79,17 +81,37 @@ class Residuals:
     trunks: list[Trunk]
     rejections: list[Rejection]
 
+    def sites(self) -> list[FoundSite]:
+        """All sites, in execution order."""
+        return sorted((site for trunk in self.trunks for site in trunk.sites), key=lambda site: site.place)
 
-def find_residuals(captured: ModuleGraph, carrier: nn.Module) -> Residuals:
-    """The trunks of a captured forward, in execution order, and the adds that are none, each with its reason."""
-    finder = _Finder(captured, carrier)
-    finder.find_sites()
-    return Residuals(finder.trunks(), finder.rejections)
+
+def find_residuals(
+    captured: ModuleGraph, carrier: nn.Module, known: Mapping[SiteKey, Known] | None = None
+) -> Residuals:
+    """The trunks of a captured forward, in execution order, and the adds that are none, each with its reason.
+
+    Args:
+        captured: the forward.
+        carrier: its module.
+        known: what earlier captures of the same forward showed, and what was decided about it since.
+    """
+    barred: dict[fx.Node, tuple[str, str]] = {}
+    while True:  # an add that turns out to be none changes what the others are
+        finder = _Finder(captured, carrier, known or {}, barred)
+        finder.find_sites()
+        further = finder.settle()
+        if not further:
+            return Residuals(finder.trunks(), finder.rejections)
+        barred |= further
 
 
 class _Finder:
-    def __init__(self, captured: ModuleGraph, carrier: nn.Module) -> None:
-        self.captured, self.carrier = captured, carrier
+    def __init__(
+        self, captured: ModuleGraph, carrier: nn.Module, known: Mapping[SiteKey, Known],
+        barred: Mapping[fx.Node, tuple[str, str]],
+    ) -> None:  # fmt: skip
+        self.captured, self.carrier, self.known, self.barred = captured, carrier, known, barred
         self.nodes = list(captured.graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.sites: dict[fx.Node, FoundSite] = {}
@@ -102,19 +124,57 @@ class _Finder:
         for node in self.nodes:
             if node.op in ("call_function", "call_method") and vocabulary.name_of(node.target) in vocabulary.ADD:
                 terms = _terms(node)
-                if terms is not None:
+                if terms is not None and node in self.barred:
+                    self._reject(node, *self.barred[node])
+                elif terms is not None:
                     self._consider(node, *terms)
+        parameters = feature_axis.parameters(self.nodes, self.carrier)
         seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
-            source = site.add.meta.get("source") or SourceLine("", 0, "")
-            # A module that is called again with trunk and branch in it has the same sites again. Turns of its loops,
-            # and calls of a module that does nothing but the add, are other sites.
-            began = site.add.meta.get("holder_call", 0)
-            within = all(node.meta.get("serial", began) >= began for node in site.region)
-            line = (began if within else 0, (site.add.meta.get("holder", ""), source.file, source.line, 0))
             site.place = self.order[site.add]
-            site.key = (*line[1][:3], seen.setdefault(line, 0))
-            seen[line] += 1
+            site.key = make_key(site.add, site.region, self.carrier, parameters, seen)
+            site.votes = feature_axis.votes(site.read, self._in_order(site.region), site.lifts, parameters)
+        for site, key in matched(sorted(self.sites.values(), key=lambda site: site.place), self.known).items():
+            site.key = key
+
+    def settle(self) -> dict[fx.Node, tuple[str, str]]:
+        """Gives the sites of each trunk one axis; returns the adds that can't be sites on it, with rule and reason."""
+        barred: dict[fx.Node, tuple[str, str]] = {}
+        for group in self._groups():
+            decided = [self.known[site.key] for site in group if site.key in self.known]
+            refused = next((known.refused for known in decided if known.refused is not None), None)
+            axis = decided[0].channel_dim if decided else feature_axis.elected(sum((s.votes for s in group), Votes()))
+            for site in group:
+                failure = refused or self._on_axis(site, -1 if axis is None else axis)
+                if failure is not None:
+                    barred[site.add] = failure
+        return barred
+
+    def _groups(self) -> list[list[FoundSite]]:
+        """Sites that follow one another on a trunk."""
+        group_of: dict[fx.Node, list[FoundSite]] = {}
+        for site in sorted(self.sites.values(), key=lambda site: site.place):
+            group = group_of.get(site.chain[-1], [])
+            group.append(site)
+            group_of[site.add] = group
+        return list({id(group): group for group in group_of.values()}.values())
+
+    def _on_axis(self, site: FoundSite, axis: int) -> tuple[str, str] | None:
+        """Puts a site on the axis, or says why it can't be there."""
+        rank = len(site.read.meta["shape"])
+        if axis not in (1, -1):
+            return "axis", f"the branch mixes axis {axis} of {rank}; streams need the last one or axis 1"
+        site.channel_dim = axis if rank > 2 else -1
+        at = site.chain.index(site.read)
+        if not all(site.channel_dim in lift.channel_dims for lift in site.lifts[:at]):
+            return "not-per-token", "an operation between the branch's read and the add does not act per token"
+        usable = next((i for i, lift in enumerate(site.lifts) if site.channel_dim not in lift.channel_dims), None)
+        if usable is not None:
+            site.lifts, site.chain = site.lifts[:usable], site.chain[: usable + 1]
+        return None
+
+    def _in_order(self, nodes: set[fx.Node]) -> list[fx.Node]:
+        return sorted(nodes, key=self.order.__getitem__)
 
     def _consider(self, add: fx.Node, left: tuple[fx.Node, float], right: tuple[fx.Node, float]) -> None:
         if left[0].meta["shape"] != right[0].meta["shape"]:
@@ -157,17 +217,7 @@ class _Finder:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
             return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
-        axis = self._feature_axis(read, region)
-        rank = len(read.meta["shape"])
-        if axis not in (None, 1, rank - 1):
-            return "axis", f"the branch mixes axis {axis} of {rank}; streams need the last one or axis 1"
-        channel_dim = 1 if axis == 1 and rank > 2 else -1
-        if not all(channel_dim in lift.channel_dims for lift in lifts[: chain.index(read)]):
-            return "not-per-token", "an operation between the branch's read and the add does not act per token"
-        usable = next((i for i, lift in enumerate(lifts) if channel_dim not in lift.channel_dims), len(lifts))
-        lifts = lifts[:usable]
-        chain = chain[: usable + 1]
-        return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region, channel_dim)
+        return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region)
 
     def _merge(self, add: fx.Node, trunk: fx.Node, branch: fx.Node, scale: float, factor: float) -> bool:
         """`(x + a(x)) + b(x)` is one site with two branches: the inner sum is read by nobody but the outer."""
@@ -181,7 +231,7 @@ class _Finder:
         del self.sites[trunk]
         branches = [*inner.branches, (branch, factor)]
         self.sites[add] = FoundSite(add, inner.chain, inner.lifts, inner.read, branches, inner.scale,
-                                    inner.region | region, inner.channel_dim,
+                                    inner.region | region,
                                     absorbed=inner.absorbed | {trunk})  # fmt: skip
         return True
 
@@ -258,24 +308,6 @@ class _Finder:
                 for user in node.users:
                     if self.order[user] > self.order[add] and not reads_form(user):
                         return user
-        return None
-
-    def _feature_axis(self, read: fx.Node, region: set[fx.Node]) -> int | None:
-        """The trunk's axis that the branch mixes or normalises first."""
-        follower = vocabulary.AxisFollower(read, len(read.meta["shape"]))
-        for node in sorted(region, key=self.order.__getitem__):
-            inputs = node.all_input_nodes
-            if node.op == "call_module":
-                for source in inputs:
-                    axis = node.meta["axes"].get(source.name)
-                    if source in follower.axes and axis is not None and axis < len(follower.axes[source]):
-                        return follower.axes[source][axis]
-            rank = len(node.meta["shape"]) if "shape" in node.meta else None
-            target = "" if node.op == "call_module" else node.args[1] if node.target is getattr else node.target
-            args = node.args[:1] if node.target is getattr else node.args
-            axis = follower.step(target, list(inputs), args, dict(node.kwargs), node, rank)
-            if axis is not None:
-                return axis
         return None
 
     def _reject(self, add: fx.Node, rule: str, reason: str) -> None:

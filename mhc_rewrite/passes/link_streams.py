@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
+from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.plans import Rejection
 
 # Reads of a tensor's form that the extra axis of the streams does not change.
@@ -19,13 +20,15 @@ _HARMLESS = frozenset({"dtype", "device", "layout", "is_cuda", "requires_grad", 
 
 @dataclass(frozen=True)
 class SiteRef:
-    """A site by name of its carrier, holder (absolute), and place in the source: the same in every mode."""
+    """A site by name of its carrier, and its key in there: the same in every mode."""
 
     carrier: str
-    holder: str
-    file: str
-    line: int
-    occurrence: int
+    key: SiteKey
+
+    @property
+    def holder(self) -> str:
+        """The module whose forward holds the add."""
+        return ".".join(filter(None, (self.carrier, self.key.holder)))
 
 
 @dataclass(eq=False)
@@ -106,7 +109,7 @@ def link_streams(
 
 def site_ref(call: ModuleCall, site: FoundSite) -> SiteRef:
     """What names a site across calls and modes."""
-    return SiteRef(call.name, ".".join(filter(None, (call.name, site.key[0]))), *site.key[1:])
+    return SiteRef(call.name, site.key)
 
 
 def _segment(call: ModuleCall, trunk: Trunk) -> Segment:
@@ -120,8 +123,7 @@ def _next(segment: Segment, taker: dict[int, Segment]) -> Segment | None:
     for value in sorted(segment.went_out):
         following = taker.get(value)
         if following is not None and following.call.index > segment.call.index:
-            same_layout = following.trunk.sites[0].channel_dim == segment.trunk.sites[0].channel_dim
-            return following if same_layout else None
+            return following
     return None
 
 

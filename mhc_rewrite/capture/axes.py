@@ -50,7 +50,7 @@ class Followed:
 
 
 class AxisFollower:
-    """Follows one tensor. `key` names tensors, by ids while running and by nodes in a graph, and `shape` tells theirs."""
+    """Follows one tensor. `key` names tensors, by ids while running and by nodes in a graph; `shape` tells theirs."""
 
     def __init__(
         self, start: Any, key: Callable[[Any], Hashable | None], shape: Callable[[Any], Sequence[int] | None],
@@ -64,7 +64,7 @@ class AxisFollower:
     def step(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
         """One operation. `output` is its result, a tensor or several."""
         name = name_of(target)
-        operands = _flat((args, kwargs))
+        operands = _flat((kwargs.get("input"), args, kwargs))
         followed = [value for value in operands if self.key(value) in self.axes]
         if not followed:
             self._item(name, args, output)
@@ -72,7 +72,12 @@ class AxisFollower:
         shape = self.shape(output)
         if name == "setitem" or name in _UNFOLLOWED:
             return
-        axes = self._result(name, list(args), kwargs, followed, operands, shape)
+        given = [kwargs[first] for first in ("input", "self") if first in kwargs] + list(args)
+        given += [kwargs[second] for second in ("other", "mat2", "tensor2") if second in kwargs]
+        try:
+            axes = self._result(name, given, kwargs, followed, operands, shape)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            return  # called in a way that is not understood: followed no further
         if axes is None:
             return
         if shape is not None:
@@ -122,15 +127,15 @@ class AxisFollower:
     ) -> Axes | None:  # fmt: skip
         source = followed[0]
         axes = self.axes[self.key(source)]
-        first = bool(operands) and operands[0] is source
+        first = bool(args) and args[0] is source
         if name in ("linear", "layer_norm", "rms_norm", "lstm", "gru", "rnn_tanh", "rnn_relu",
                     "multi_head_attention_forward"):  # fmt: skip
             return self._last(name, args, kwargs, axes) if first else None
         if name in CONVOLUTIONS or (name.endswith("_norm") and name in ("batch_norm", "group_norm", "instance_norm")):
             return self._channels(name, args, kwargs, axes) if first else None
         if name in ("matmul", "rmatmul", "imatmul", "mm", "bmm", "baddbmm", "addmm"):
-            pair = args[1:3] if name in ("baddbmm", "addmm") else args[::-1] if name == "rmatmul" else args[:2]
-            return self._product(*pair, shape) if len(pair) == 2 else None
+            left, right = args[1:3] if name in ("baddbmm", "addmm") else args[1::-1] if name == "rmatmul" else args[:2]
+            return self._product(left, right, shape)
         if name == "einsum":
             return self._einsum(args)
         if name == "scaled_dot_product_attention":

@@ -206,9 +206,7 @@ def _on_agreed_axes(modes: list[_Mode], captures: Captures, config: MHCConfig) -
                     continue
                 for ref, settled in _settled(stream).items():
                     if (ref.carrier, ref.key) in before and before[ref.carrier, ref.key] != settled:
-                        settled = Known(
-                            settled.channel_dim, ("axis", "its streams do not agree on the axis of features")
-                        )
+                        settled = replace(settled, refused=("axis", "its streams do not agree on the axis of features"))
                     before[ref.carrier, ref.key] = decided[ref.carrier][ref.key] = settled
         if not decided:
             return modes
@@ -227,7 +225,7 @@ def _settled(stream: LinkedStream) -> dict[SiteRef, Known]:
     if axis is None:
         refused = (
             "axis",
-            "nothing in its branches shows which axis carries the features, or as much for one as another",
+            "nothing in the branches shows which axis carries the features, or as much for several",
         )
     elif sites[0][1].read.meta["shape"][axis] < MIN_WIDTH:
         width = sites[0][1].read.meta["shape"][axis]
@@ -309,7 +307,7 @@ def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
         name=name, holder=ref.holder, carrier=ref.carrier,
         branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
         width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(_trunk_dtype(site)),
-        source=site.add.meta.get("source") or SourceLine(ref.key.line, 0, ""),
+        source=site.add.meta.get("source") or SourceLine("", 0, ""),
     )  # fmt: skip
 
 

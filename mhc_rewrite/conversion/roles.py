@@ -21,7 +21,6 @@ from mhc_rewrite.errors import StreamError, UnseenCallError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
-from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.plans import ResidualStream
 from mhc_rewrite.sites import recompute, streams
 
@@ -219,13 +218,13 @@ class CarrierRole:
         trunk = self.as_trunk(leaves, arriving, form_only=True)
         return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
 
-    def unknown(self, residuals: Residuals) -> set[SiteKey]:
+    def unknown(self, residuals: Residuals) -> list[FoundSite]:
         """The adds that the example did not show, but for further ones on a trunk that was left alone."""
-        found = set()
+        found = []
         for trunk in residuals.trunks:
             keys = {site.key for site in trunk.sites}
             if keys.isdisjoint(self.wiring.known) or not keys.isdisjoint(self.wiring.targets):
-                found |= keys - self.wiring.known.keys()
+                found += [site for site in trunk.sites if site.key not in self.wiring.known]
         return found
 
     def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
@@ -246,7 +245,7 @@ class CarrierRole:
         found = {site.key for site in residuals.sites()}
         unknown = self.unknown(residuals)
         if found.isdisjoint(self.wiring.targets) or unknown:
-            new = sorted({key.line for key in unknown})
+            new = sorted({str(site.add.meta.get("source")) for site in unknown})
             raise StreamError(
                 f"{self.name or 'the model'!r}, called as {describe(key, training)}, "
                 + (f"runs residual adds that the example inputs did not ({', '.join(new)})" if new else

@@ -49,7 +49,7 @@ class FoundSite:
     scale: float | int
     region: set[fx.Node]
     channel_dim: int = -1
-    key: SiteKey = SiteKey()
+    key: SiteKey = field(default_factory=SiteKey)
     absorbed: set[fx.Node] = field(default_factory=set)
     place: int = 0
     votes: Votes = field(default_factory=Votes)

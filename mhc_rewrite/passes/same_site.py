@@ -38,11 +38,6 @@ class SiteKey:
     parts: frozenset[str] = frozenset()
     occurrence: int = 0
 
-    @property
-    def line(self) -> str:
-        """Where it stands."""
-        return f"{self.frames[-1][0]}:{self.frames[-1][2]}" if self.frames else self.holder
-
 
 @dataclass(frozen=True)
 class Known:
@@ -96,8 +91,8 @@ def _parts(region: set[fx.Node], carrier: nn.Module, parameters: set[Hashable]) 
 def matched(sites: Sequence[FoundSite], known: Mapping[SiteKey, Known]) -> dict[FoundSite, SiteKey]:
     """The sites that are known by another key, with that key. Both in execution order.
 
-    A site that is not known as it is may be one whose branch has the same parameters, one at the same place whose branch
-    shares some, or, without parameters, one between the same neighbours.
+    A site that is not known as it is may be one whose branch has the same parameters, one at the same place whose
+    branch shares some, or, without parameters, one between the same neighbours.
     """
     new: dict[SiteKey, list[FoundSite]] = defaultdict(list)  # a module that is called again has its sites again
     for site in sites:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
@@ -72,6 +72,7 @@ class Operation:
     call: int
     mixing: bool
     source: SourceLine | None = None
+    where: str = ""  # which part of its first input it takes, where it takes one
 
     @property
     def name(self) -> str:
@@ -160,6 +161,10 @@ class _Recorder(TorchFunctionMode):
             if not (writes or vocabulary.is_inplace(func, kwargs)):
                 results = [t for t in results if not any(t is given for given in tensors)]
             self.write(func, inputs, results, vocabulary.is_mixing(func))
+            operation = self.recording.operations[-1]
+            if operation.name in vocabulary.SLICING:
+                index = tree_map(lambda x: ("value", self.value(x)) if isinstance(x, Tensor) else x, (args[1:], kwargs))
+                operation.where = repr(index)
         return result
 
     def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:

@@ -34,6 +34,9 @@ DROPOUT = frozenset({"dropout", "dropout_"})
 RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
 PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
 
+# What takes a part of its first tensor.
+SLICING = frozenset("getitem select narrow unbind split chunk tensor_split split_with_sizes index_select".split())
+
 # Functions that make a tensor from sizes alone.
 FACTORIES = tuple(
     "arange empty eye full linspace ones rand randint randn randperm tril_indices triu_indices zeros".split()

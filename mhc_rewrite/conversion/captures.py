@@ -97,7 +97,7 @@ class Captures:
                 except CaptureError as error:
                     self.by_kind[kind] = error
                     continue
-                self.known[like[0]] = learned(self.known.get(like[0], {}), captured[1].sites())
+                self.known[like[0]] = learned(self.known.get(like[0], {}), captured[1].sites(), captured[1].refused)
                 if not captured[0].constants:  # objects from elsewhere may belong to this very module
                     self._alike[like] = captured
             self.by_kind[kind] = captured

@@ -6,12 +6,16 @@ of find_residuals, on the graphs of the modules that this pass names.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording, innermost_common
+from mhc_rewrite.passes import recurrence
 from mhc_rewrite.plans import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
@@ -49,6 +53,8 @@ def find_carriers(
     Modules named in `parents` are captured with all carriers inside them.
     """
     candidates, rejections = _find_candidates(recording)
+    for number in _recurrences(recording, candidates):
+        rejections.append(_reject(recording, candidates.pop(number).operation, recurrence.RULE, recurrence.REASON))
     chains = _chains(candidates)
     carriers: dict[int, Carrier] = {}
     homes: list[tuple[int, int]] = []
@@ -181,6 +187,39 @@ def _chains(candidates: dict[int, _Candidate]) -> dict[int, set[int]]:
         for member in merged:
             chain_of[member] = merged
     return chain_of
+
+
+def _recurrences(recording: Recording, candidates: dict[int, _Candidate]) -> list[int]:
+    """The candidates that are steps of a recurrence over time."""
+
+    def sources(value: int) -> tuple[int, ...]:
+        operation = recording.producer.get(value)
+        return operation.inputs if operation is not None else ()
+
+    def slice_of(value: int) -> tuple[int, Hashable] | None:
+        operation = recording.producer.get(value)
+        if operation is None or operation.name not in vocabulary.SLICING:
+            return None
+        return operation.inputs[0], (operation.name, operation.where, operation.outputs.index(value))
+
+    def parameters(value: int) -> tuple[Hashable, ...]:
+        return (value,) if isinstance(recording.kept[value], nn.Parameter) else ()
+
+    reading = recurrence.Reading(sources, slice_of, parameters, lambda value: value)
+    found = []
+    for chain in {id(chain): chain for chain in _chains(candidates).values()}.values():
+        places = defaultdict(list)
+        for number in sorted(chain):
+            operation = candidates[number].operation
+            places[recording.calls[operation.call].name, operation.source].append(number)
+        for numbers in places.values():
+            turns = [
+                reading.turn(candidates[n].operation.inputs, max(candidates[n].before, default=candidates[n].fork))
+                for n in numbers
+            ]
+            if recurrence.is_recurrence(turns):
+                found += numbers
+    return found
 
 
 def _home(recording: Recording, candidate: _Candidate) -> int:

@@ -6,15 +6,15 @@ A site is an add `s + b` where the trunk `s`, perhaps behind operations that act
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.trace import ModuleGraph, is_structure
-from mhc_rewrite.passes import feature_axis, lifting
+from mhc_rewrite.passes import feature_axis, lifting, recurrence
 from mhc_rewrite.passes.feature_axis import Votes
 from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
@@ -76,10 +76,11 @@ class Trunk:
 
 @dataclass(eq=False)
 class Residuals:
-    """All that was found in one graph."""
+    """All that was found in one graph. `refused`: adds that looked like sites, with rule and reason."""
 
     trunks: list[Trunk]
     rejections: list[Rejection]
+    refused: dict[SiteKey, tuple[str, str]] = field(default_factory=dict)
 
     def sites(self) -> list[FoundSite]:
         """All sites, in execution order."""
@@ -97,13 +98,15 @@ def find_residuals(
         known: what earlier captures of the same forward showed, and what was decided about it since.
     """
     barred: dict[fx.Node, tuple[str, str]] = {}
+    refused: dict[SiteKey, tuple[str, str]] = {}
     while True:  # an add that turns out to be none changes what the others are
         finder = _Finder(captured, carrier, known or {}, barred)
         finder.find_sites()
         further = finder.settle()
         if not further:
-            return Residuals(finder.trunks(), finder.rejections)
+            return Residuals(finder.trunks(), finder.rejections, refused)
         barred |= further
+        refused |= {finder.sites[add].key: why for add, why in further.items()}
 
 
 class _Finder:
@@ -117,6 +120,7 @@ class _Finder:
         self.sites: dict[fx.Node, FoundSite] = {}
         self.rejections: list[Rejection] = []
         self.lift_cache: dict[fx.Node, list[Lift]] = {}
+        self.reading = recurrence.Reading(_operands, self._slice_of, self._parameters_of, self.order.__getitem__)
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
@@ -128,12 +132,12 @@ class _Finder:
                     self._reject(node, *self.barred[node])
                 elif terms is not None:
                     self._consider(node, *terms)
-        parameters = feature_axis.parameters(self.nodes, self.carrier)
+        self.parameters = feature_axis.parameters(self.nodes, self.carrier)
         seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
             site.place = self.order[site.add]
-            site.key = make_key(site.add, site.region, self.carrier, parameters, seen)
-            site.votes = feature_axis.votes(site.read, self._in_order(site.region), site.lifts, parameters)
+            site.key = make_key(site.add, site.region, self.carrier, self.parameters, seen)
+            site.votes = feature_axis.votes(site.read, self._in_order(site.region), site.lifts, self.parameters)
         for site, key in matched(sorted(self.sites.values(), key=lambda site: site.place), self.known).items():
             site.key = key
 
@@ -141,11 +145,15 @@ class _Finder:
         """Gives the sites of each trunk one axis; returns the adds that can't be sites on it, with rule and reason."""
         barred: dict[fx.Node, tuple[str, str]] = {}
         for group in self._groups():
+            steps = self._steps(group)
+            barred |= {site.add: (recurrence.RULE, recurrence.REASON) for site in steps}
+            group = [site for site in group if site not in steps]
             decided = [self.known[site.key] for site in group if site.key in self.known]
-            refused = next((known.refused for known in decided if known.refused is not None), None)
+            decided = [known for known in decided if known.refused is None]
             axis = decided[0].channel_dim if decided else feature_axis.elected(sum((s.votes for s in group), Votes()))
             for site in group:
-                failure = refused or self._on_axis(site, -1 if axis is None else axis)
+                known = self.known.get(site.key)
+                failure = (known and known.refused) or self._on_axis(site, -1 if axis is None else axis)
                 if failure is not None:
                     barred[site.add] = failure
         return barred
@@ -158,6 +166,31 @@ class _Finder:
             group.append(site)
             group_of[site.add] = group
         return list({id(group): group for group in group_of.values()}.values())
+
+    def _steps(self, group: list[FoundSite]) -> list[FoundSite]:
+        """The sites that are steps of a recurrence over time."""
+        places: dict[SiteKey, list[FoundSite]] = {}
+        for site in group:
+            places.setdefault(replace(site.key, parts=frozenset(), occurrence=0), []).append(site)
+        steps = []
+        for sites in places.values():
+            turns = [self.reading.turn(_operands(site.add), site.chain[-1]) for site in sites] if len(sites) > 1 else []
+            if recurrence.is_recurrence(turns):
+                steps += sites
+        return steps
+
+    def _slice_of(self, node: fx.Node) -> tuple[fx.Node, Hashable] | None:
+        if node.op not in ("call_function", "call_method") or vocabulary.name_of(node.target) not in vocabulary.SLICING:
+            return None
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        several = "shape" not in source.meta and self._slice_of(source)
+        where = (str(node.target), repr(node.args[1:]), repr(node.kwargs))
+        return (several[0], (several[1], where)) if several else (source, where)
+
+    def _parameters_of(self, node: fx.Node) -> tuple[Hashable, ...]:
+        own = node.op == "call_module" or (node.op == "get_attr" and node in self.parameters)
+        return (node.target,) if own else ()
 
     def _on_axis(self, site: FoundSite, axis: int) -> tuple[str, str] | None:
         """Puts a site on the axis, or says why it can't be there."""
@@ -404,6 +437,11 @@ def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]
     if left is right or not floating or not isinstance(alpha, (int, float)):
         return None
     return (left, 1), (right, alpha)  # type: ignore[return-value]
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values, not only sizes, a node is computed from."""
+    return [source for source in node.all_input_nodes if not reads_form(source)]
 
 
 def mixes(node: fx.Node) -> bool:

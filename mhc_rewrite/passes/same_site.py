@@ -127,7 +127,9 @@ def matched(sites: Sequence[FoundSite], known: Mapping[SiteKey, Known]) -> dict[
     return {site: same[key] for key in new if key in same for site in new[key] if key != same[key]}
 
 
-def learned(known: Mapping[SiteKey, Known], sites: Sequence[FoundSite]) -> dict[SiteKey, Known]:
+def learned(
+    known: Mapping[SiteKey, Known], sites: Sequence[FoundSite], refused: Mapping[SiteKey, tuple[str, str]]
+) -> dict[SiteKey, Known]:
     """What is known after a further capture; a new site stands behind the one before it there."""
     keys = list(known)
     before: SiteKey | None = None
@@ -136,4 +138,5 @@ def learned(known: Mapping[SiteKey, Known], sites: Sequence[FoundSite]) -> dict[
             keys.insert(keys.index(before) + 1 if before is not None else 0, site.key)
         before = site.key
     found = {site.key: Known(site.channel_dim) for site in sites}
-    return {key: known.get(key) or found[key] for key in keys}
+    found |= {key: Known(-1, why) for key, why in refused.items()}
+    return {key: known.get(key) or found[key] for key in dict.fromkeys((*keys, *refused))}

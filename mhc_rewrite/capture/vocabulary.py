@@ -34,6 +34,15 @@ DROPOUT = frozenset({"dropout", "dropout_"})
 RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
 PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
 
+# Those that a sum of states passes through unharmed: the trunk as a whole goes through, not a block.
+LINEAR = (
+    SCALING
+    | ADD
+    | DROPOUT
+    | RESHAPING
+    | frozenset("contiguous clone to float double half bfloat16 type type_as".split())
+)
+
 # What takes a part of its first tensor.
 SLICING = frozenset("getitem select narrow unbind split chunk tensor_split split_with_sizes index_select".split())
 

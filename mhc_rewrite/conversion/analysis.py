@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -188,26 +188,26 @@ def _capture_and_link(
             captures.collect(args, kwargs, training)
             calls = [recording.calls[carrier.call] for carrier in carriers]
             modes.append(_link(recording, calls, captures, rejected, config, training, result))
-        modes = _on_agreed_axes(modes, captures, config)
+        modes = _settle(modes, captures, config)
         further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
         if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):
             return captures, modes
         parents |= further
 
 
-def _on_agreed_axes(modes: list[_Mode], captures: Captures, config: MHCConfig) -> list[_Mode]:
-    """Gives all sites of a stream one axis, by a vote of all of them; streams without one are no streams."""
+def _settle(modes: list[_Mode], captures: Captures, config: MHCConfig) -> list[_Mode]:
+    """Decides what one forward alone does not show: the axis of a stream, and by which argument it comes in."""
     before: dict[tuple[str, SiteKey], Known] = {}
     while True:
         decided: dict[str, dict[SiteKey, Known]] = defaultdict(dict)
         for mode in modes:
-            for stream in mode.streams:
-                if len(stream.refs) < config.min_sites:
+            for ref, change in (*_sources(mode.streams), *_axes(mode.streams, config.min_sites)):
+                known = replace(captures.known[captures.likeness(ref.carrier)][ref.key], **change)
+                if before.get((ref.carrier, ref.key), known) != known and "refused" in change:
+                    known = replace(known, refused=("axis", "its streams do not agree on the axis of features"))
+                elif (ref.carrier, ref.key) in before and "source" in change:
                     continue
-                for ref, settled in _settled(stream).items():
-                    if (ref.carrier, ref.key) in before and before[ref.carrier, ref.key] != settled:
-                        settled = replace(settled, refused=("axis", "its streams do not agree on the axis of features"))
-                    before[ref.carrier, ref.key] = decided[ref.carrier][ref.key] = settled
+                before[ref.carrier, ref.key] = decided[ref.carrier][ref.key] = known
         if not decided:
             return modes
         captures.settle(decided)
@@ -217,21 +217,34 @@ def _on_agreed_axes(modes: list[_Mode], captures: Captures, config: MHCConfig) -
         ]
 
 
-def _settled(stream: LinkedStream) -> dict[SiteRef, Known]:
-    """What the vote of a stream changes."""
-    sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
-    axis = elected(sum((site.votes for _, site in sites), Votes()))
-    refused = None
-    if axis is None:
-        refused = (
-            "axis",
-            "nothing in the branches shows which axis carries the features, or as much for several",
-        )
-    elif sites[0][1].read.meta["shape"][axis] < MIN_WIDTH:
-        width = sites[0][1].read.meta["shape"][axis]
-        refused = ("width", f"its axis of features has size {width}: coordinates, which are not to be projected")
-    changes = {ref: Known(-1 if axis is None else axis, refused) for ref, site in sites}
-    return changes if refused or any(site.channel_dim != axis for _, site in sites) else {}
+def _sources(streams: list[LinkedStream]) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """Segments whose trunk comes in by one argument while another stream ends in another one."""
+    segments = [segment for stream in streams for segment in stream.segments]
+    out = {value: segment for segment in segments for value in segment.went_out}
+    for segment in segments:
+        if segment.came_in in out:
+            continue
+        for value, leaf in segment.might.items():
+            if value in out and out[value].call.index < segment.call.index:
+                yield segment.refs[0], {"source": leaf}
+
+
+def _axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """All sites of a stream get one axis, by a vote of all of them; a stream without one is none."""
+    for stream in streams:
+        if len(stream.refs) < min_sites:
+            continue
+        sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
+        axis = elected(sum((site.votes for _, site in sites), Votes()))
+        width = MIN_WIDTH if axis is None else sites[0][1].read.meta["shape"][axis]
+        refused = None
+        if axis is None:
+            refused = "axis", "nothing in the branches shows which axis carries the features, or as much for several"
+        elif width < MIN_WIDTH:
+            refused = "width", f"its axis of features has size {width}: coordinates, which are not to be projected"
+        if refused or any(site.channel_dim != axis for _, site in sites):
+            for ref, _ in sites:
+                yield ref, {"channel_dim": -1 if axis is None else axis, "refused": refused}
 
 
 def _can_capture(

@@ -105,6 +105,9 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             if _adds_between(recording, candidates, branch, fork) >= STAGE:
                 near = ("long-skip", "the skip closes over a whole stage of residual adds")
                 continue
+            if _adds_between(recording, candidates, branch, fork, linear=True) > 0:
+                near = ("long-skip", "two states of one trunk are added, without a block between")
+                continue
             if not mixes:
                 near = ("no-mixing", "no operation between trunk and add mixes features: an activation or a rotation")
                 continue
@@ -119,8 +122,13 @@ def _is_feature(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) -> tuple[set[int], set[int]]:
-    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates."""
+def _reach(
+    recording: Recording, candidates: dict[int, _Candidate], start: int, linear: bool = False
+) -> tuple[set[int], set[int]]:
+    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates.
+
+    With `linear` by operations alone that scale, add or reshape.
+    """
     seen, todo, before = {start}, [start], set()
     while todo:
         value = todo.pop()
@@ -128,7 +136,7 @@ def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) 
             before.add(value)
             continue
         operation = recording.producer.get(value)
-        if operation is None or operation.mixing:
+        if operation is None or operation.mixing or (linear and operation.name not in vocabulary.LINEAR):
             continue
         for source in operation.inputs:
             if source not in seen and recording.shapes[source].numel() == recording.shapes[start].numel():
@@ -166,9 +174,14 @@ def _fork(
     return found.get(False), False
 
 
-def _adds_between(recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int) -> int:
-    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage."""
-    reach, before = _reach(recording, candidates, branch)
+def _adds_between(
+    recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int, linear: bool = False
+) -> int:
+    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage.
+
+    With `linear` 0 as well where something else than scaling follows the last of them.
+    """
+    reach, before = _reach(recording, candidates, branch, linear)
     count = 0
     while fork not in reach and before:
         last = max(before)

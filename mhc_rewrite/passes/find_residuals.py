@@ -65,11 +65,13 @@ class Trunk:
         source: the placeholder that the trunk comes in by, or None.
         after: lifts from the last add to the output, in execution order.
         sinks: positions among the output's leaves at which the trunk goes out.
+        sources: all placeholders that the trunk may come in by: terms of a sum before the first site.
     """
 
     sites: list[FoundSite]
     before: list[Lift] = field(default_factory=list)
     source: fx.Node | None = None
+    sources: tuple[fx.Node, ...] = ()
     after: list[Lift] = field(default_factory=list)
     sinks: tuple[int, ...] = ()
 
@@ -147,7 +149,9 @@ class _Finder:
         for group in self._groups():
             steps = self._steps(group)
             barred |= {site.add: (recurrence.RULE, recurrence.REASON) for site in steps}
-            group = [site for site in group if site not in steps]
+            skips = {site.add for site in group if self._is_inner_skip(site)}
+            barred |= {add: ("inner-skip", "a skip inside a block, scaled feature by feature") for add in skips}
+            group = [site for site in group if site.add not in barred]
             decided = [self.known[site.key] for site in group if site.key in self.known]
             decided = [known for known in decided if known.refused is None]
             axis = decided[0].channel_dim if decided else feature_axis.elected(sum((s.votes for s in group), Votes()))
@@ -178,6 +182,12 @@ class _Finder:
             if recurrence.is_recurrence(turns):
                 steps += sites
         return steps
+
+    def _is_inner_skip(self, site: FoundSite) -> bool:
+        """As `y + D * x` in the branch of another site, the direct path of a state space's input to its output."""
+        gates = {gate for lift in site.lifts[: site.chain.index(site.read)] for gate in lift.operands}
+        scaled = any(gate in self.parameters and max(gate.meta["shape"], default=1) > 1 for gate in gates)
+        return scaled and any(site.add in other.region for other in self.sites.values() if other is not site)
 
     def _slice_of(self, node: fx.Node) -> tuple[fx.Node, Hashable] | None:
         if node.op not in ("call_function", "call_method") or vocabulary.name_of(node.target) not in vocabulary.SLICING:
@@ -216,7 +226,7 @@ class _Finder:
             return
         near: tuple[str, str] | None = None
         for (trunk, scale), (branch, factor) in ((left, right), (right, left)):
-            for lifts in self._chains(trunk):
+            for lifts in self._likely_chains(trunk):
                 found = self._site(add, trunk, lifts, branch, scale, factor)
                 if isinstance(found, FoundSite):
                     self.sites[add] = found
@@ -246,6 +256,8 @@ class _Finder:
             return "long-skip", "the skip closes over a whole stage of residual adds"
         if not any(mixes(node) or node in self.sites for node in region):
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
+        if all(node in self.sites or is_linear(node) for node in region):
+            return "long-skip", "two states of one trunk are added, without a block between"
         if len(reads) > 1:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
@@ -267,6 +279,15 @@ class _Finder:
                                     inner.region | region,
                                     absorbed=inner.absorbed | {trunk})  # fmt: skip
         return True
+
+    def _likely_chains(self, node: fx.Node) -> list[list[Lift]]:
+        """The ways back: first those that go on from an earlier site, from the latest; of a sum of states one is it."""
+
+        def end(lifts: list[Lift]) -> int:
+            start = lifts[-1].trunk if lifts else node
+            return self.order[start] if start in self.sites else -1
+
+        return sorted(self._chains(node), key=end, reverse=True)
 
     def _chains(self, node: fx.Node, operands: tuple[fx.Node, ...] = ()) -> Iterator[list[Lift]]:
         """The ways back from `node` along the trunk, longest first, each up to and with an earlier add."""
@@ -381,15 +402,25 @@ class _Finder:
     def _find_source(self, trunk: Trunk, taken: set[fx.Node]) -> None:
         first = trunk.sites[0]
         at = first.chain.index(first.read)
-        before = first.lifts[at:]
-        start = first.chain[-1]
         nested = any(
             any(node in site.region for node in first.chain[at:]) or first.add in site.region
             for site in self.sites.values() if site is not first
         )  # fmt: skip
-        if start.op == "placeholder" and start not in taken and not nested and "leaf" in start.meta:
-            taken.add(start)
-            trunk.source, trunk.before = start, before[::-1]
+        if nested or first.chain[-1] in self.sites:
+            return
+        ways: dict[fx.Node, list[Lift]] = {}
+        for lifts in self._chains(first.read):
+            start = lifts[-1].trunk if lifts else first.read
+            if start.op == "placeholder" and "leaf" in start.meta and start not in taken:
+                if all(first.channel_dim in lift.channel_dims for lift in lifts):
+                    ways.setdefault(start, lifts)
+        trunk.sources = tuple(ways)
+        if ways:
+            known = self.known.get(first.key)
+            asked = [start for start in ways if known is not None and start.meta["leaf"] == known.source]
+            trunk.source = [*asked, *ways][0]
+            trunk.before = ways[trunk.source][::-1]
+            taken.add(trunk.source)
 
     def _find_sinks(self, trunk: Trunk, leaves: list[object]) -> None:
         """Follows the trunk behind its last add to the output, if it gets there by lifted operations alone."""
@@ -449,6 +480,11 @@ def mixes(node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(node.meta["mixes"])
     return node.op in ("call_function", "call_method") and vocabulary.is_mixing(node.target)
+
+
+def is_linear(node: fx.Node) -> bool:
+    """Whether a node scales, adds or reshapes, and nothing more."""
+    return node.op in ("call_function", "call_method") and vocabulary.name_of(node.target) in vocabulary.LINEAR
 
 
 def reads_form(node: fx.Node) -> bool:

@@ -40,6 +40,7 @@ class Segment:
     refs: tuple[SiteRef, ...]
     came_in: int | None
     went_out: frozenset[int]
+    might: dict[int, str] = field(default_factory=dict)  # what else might be its trunk, and the leaf that it comes by
 
 
 @dataclass(eq=False)
@@ -116,7 +117,9 @@ def _segment(call: ModuleCall, trunk: Trunk) -> Segment:
     refs = tuple(site_ref(call, site) for site in trunk.sites)
     source = trunk.source.meta["leaf"] if trunk.source is not None else None
     out = frozenset(value for i in trunk.sinks if i < len(call.outputs) and (value := call.outputs[i]) is not None)
-    return Segment(call, trunk, refs, call.leaf_values.get(source) if source else None, out)
+    others = [start.meta["leaf"] for start in trunk.sources if start is not trunk.source]
+    might = {call.leaf_values[leaf]: leaf for leaf in others if leaf in call.leaf_values}
+    return Segment(call, trunk, refs, call.leaf_values.get(source) if source else None, out, might)
 
 
 def _next(segment: Segment, taker: dict[int, Segment]) -> Segment | None:

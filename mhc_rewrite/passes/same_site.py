@@ -46,10 +46,12 @@ class Known:
     Attributes:
         channel_dim: its trunk's axis.
         refused: rule and reason, where it was found to be none after all.
+        source: the leaf of the call by which its trunk comes in, where it might be another.
     """
 
     channel_dim: int
     refused: tuple[str, str] | None = None
+    source: str | None = None
 
 
 def make_key(

@@ -540,12 +540,10 @@ class ModuleTracer(fx.Tracer):
 
 
 def capture_error(name: str, module: nn.Module, source: SourceLine | None, why: str) -> CaptureError:
-    """The error for a forward that can't be captured, with the way out."""
+    """The error for a forward that can't be captured."""
     where = f" at {source}" if source else ""
-    way_out = f"Change that line, or leave the module out with exclude=({name!r},)." if name else "Change that line."
-    kind = type(module).__name__
-    return CaptureError(f"The forward of {name or 'the model'!r} ({kind}) can't be captured{where}: {why}. "
-                        f"{way_out}")  # fmt: skip
+    text = f"The forward of {name or 'the model'!r} ({type(module).__name__}) can't be captured{where}: {why}."
+    return CaptureError(f"{text} Change that line.", name)
 
 
 def _real(structure: Any) -> Any:

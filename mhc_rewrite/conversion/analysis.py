@@ -22,7 +22,14 @@ from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.captures import CallKind, Captures
-from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
+from mhc_rewrite.errors import (
+    CaptureError,
+    ConfigError,
+    ExampleInputsError,
+    MHCError,
+    NoResidualError,
+    UnsupportedModelError,
+)
 from mhc_rewrite.passes.expand_streams import SiteTarget
 from mhc_rewrite.passes.feature_axis import MIN_WIDTH, Votes, elected
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
@@ -31,6 +38,8 @@ from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_
 from mhc_rewrite.passes.same_site import Known, SiteKey
 from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 
+# How many modules an error proposes to exclude.
+_MANY = 8
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,6 +121,38 @@ def analyse(
     except ExampleInputsError as error:
         why = str(error.__cause__).splitlines()[0]
         notes.append(f"The example can't be run in training mode ({why}); that variant is captured at its first call.")
+    try:
+        return _planned(model, args, kwargs, config, filter_fn, runs, notes)
+    except CaptureError as error:
+        out = _way_out(error, lambda names: _planned(
+            model, args, kwargs, replace(config, exclude=(*config.exclude, *names)), filter_fn, runs, notes
+        ))  # fmt: skip
+        if not out:
+            raise
+        raise CaptureError(f"{error} Or leave out what can't be captured, with exclude={out}.", error.module) from error
+
+
+def _way_out(error: CaptureError, planned: Callable[[tuple[str, ...]], Analysis]) -> tuple[str, ...]:
+    """The modules to exclude so that a plan has sites; () where that does not help, or takes more than a few."""
+    names: tuple[str, ...] = ()
+    while error.module and error.module not in names and len(names) < _MANY:
+        names = (*names, error.module)
+        try:
+            planned(names)
+        except CaptureError as further:
+            error = further
+        except MHCError:
+            return ()
+        else:
+            return names
+    return ()
+
+
+def _planned(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig,
+    filter_fn: Callable[[ResidualSite], bool] | None, runs: list[tuple[Recording, Any]], notes: list[str],
+) -> Analysis:  # fmt: skip
+    """The analysis of recorded runs."""
     captures, modes = _capture_and_link(model, args, kwargs, config, runs)
     rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
     sites = _name_sites(model, modes)
@@ -235,13 +276,16 @@ def _axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef
         if len(stream.refs) < min_sites:
             continue
         sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
-        axis = elected(sum((site.votes for _, site in sites), Votes()))
+        votes = sum((site.votes for _, site in sites), Votes())
+        axis = elected(votes)
         width = MIN_WIDTH if axis is None else sites[0][1].read.meta["shape"][axis]
         refused = None
-        if axis is None:
-            refused = "axis", "nothing in the branches shows which axis carries the features, or as much for several"
+        if axis is None and not any(strength for _, strength in votes):
+            refused = "axis", "no parameter in the branches acts along one axis of it: coordinates, say"
+        elif axis is None:
+            refused = "axis", "as much shows that one axis carries the features as another"
         elif width < MIN_WIDTH:
-            refused = "width", f"its axis of features has size {width}: coordinates, which are not to be projected"
+            refused = "width", f"its axis of features has size {width}: coordinates, say, which are not to be projected"
         if refused or any(site.channel_dim != axis for _, site in sites):
             for ref, _ in sites:
                 yield ref, {"channel_dim": -1 if axis is None else axis, "refused": refused}

@@ -24,9 +24,9 @@ Axis = tuple[Stretch, ...]  # slowest first
 Axes = tuple[Axis, ...]
 
 # Kinds of evidence for an axis. Parameters stand along it: a norm's gain, a bias or a layer scale; the weight of an
-# operator that mixes its tensor's last axis; that of one that mixes the axis of channels; a matrix from the left mixes
-# the axis before. Without parameters: an average or a norm along it.
-AFFINE, LAST, CHANNEL, ROWS, REDUCED = "affine", "last", "channel", "rows", "reduced"
+# operator that mixes its tensor's last axis; that of one that mixes the axis of channels; that of an einsum that mixes
+# another; a matrix from the left, which mixes the axis before it. Without parameters: an average or a norm along it.
+AFFINE, LAST, CHANNEL, INNER, ROWS, REDUCED = "affine", "last", "channel", "inner", "rows", "reduced"
 
 _SAME_ELEMENTS = frozenset("view reshape flatten unflatten squeeze unsqueeze ravel view_as reshape_as".split())
 _PARTS = frozenset(
@@ -209,7 +209,7 @@ class AxisFollower:
                 letters.setdefault(letter, axis)
                 others = [n for n, t in zip(names, tensors, strict=True) if self.key(t) not in self.axes]
                 if letter not in output and any(letter in other for other in others):
-                    self._vote(axis, LAST if letter == letter_names[-1] else CHANNEL)
+                    self._vote(axis, LAST if letter == letter_names[-1] else INNER)
         if "->" not in args[0]:
             return None
         count = sum(letter.isdigit() for letter in letters)

@@ -281,7 +281,7 @@ def _axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef
         width = MIN_WIDTH if axis is None else sites[0][1].read.meta["shape"][axis]
         refused = None
         if axis is None and not any(strength for _, strength in votes):
-            refused = "axis", "no parameter in the branches acts along one axis of it: coordinates, say"
+            refused = "axis", "no parameter in the branches acts along one axis of it alone: coordinates, say"
         elif axis is None:
             refused = "axis", "as much shows that one axis carries the features as another"
         elif width < MIN_WIDTH:

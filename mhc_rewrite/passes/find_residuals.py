@@ -105,9 +105,10 @@ def find_residuals(
         finder = _Finder(captured, carrier, known or {}, barred)
         finder.find_sites()
         further = finder.settle()
-        if not further:
-            return Residuals(finder.trunks(), finder.rejections, refused)
-        barred |= further
+        trunks, forks = finder.trunks() if not further else ([], further)
+        if not forks:
+            return Residuals(trunks, finder.rejections, refused)
+        barred |= forks
         refused |= {finder.sites[add].key: why for add, why in further.items()}
 
 
@@ -370,10 +371,12 @@ class _Finder:
 
     # -- trunks ------------------------------------------------------------------------------------------------------
 
-    def trunks(self) -> list[Trunk]:
+    def trunks(self) -> tuple[list[Trunk], dict[fx.Node, tuple[str, str]]]:
+        """The trunks, and the adds that go on from where another trunk does, with rule and reason."""
         ordered = sorted(self.sites.values(), key=lambda site: self.order[site.add])
         trunk_of: dict[fx.Node, Trunk] = {}
         trunks: list[Trunk] = []
+        forks: dict[fx.Node, tuple[str, str]] = {}
         claimed: set[fx.Node] = set()
         for site in ordered:
             previous = trunk_of.get(site.chain[-1])
@@ -383,8 +386,7 @@ class _Finder:
                 previous = None
             on_trunk = site.chain[: site.chain.index(site.read) + 1] if previous is None else site.chain[:-1]
             if not claimed.isdisjoint(on_trunk):
-                self._reject(site.add, "fork", "another residual add continues the same trunk")
-                del self.sites[site.add]
+                forks[site.add] = "fork", "another residual add continues the same trunk"
                 continue
             claimed.update(on_trunk, [site.add])
             if previous is None:
@@ -397,7 +399,7 @@ class _Finder:
         for trunk in trunks:
             self._find_source(trunk, taken)
             self._find_sinks(trunk, leaves)
-        return trunks
+        return trunks, forks
 
     def _find_source(self, trunk: Trunk, taken: set[fx.Node]) -> None:
         first = trunk.sites[0]

@@ -321,7 +321,7 @@ REFUSALS = {
         ("'layers.0'", "two residual streams", line(Further.forward, "x = x"), "exclude=('layers.0',)")),
     # forwards that can't be captured
     "a branch on content": Refusal(
-        lambda: Stack(Block(), Branching(), Block()), CaptureError,
+        lambda: Stack(Block(), Branching(), Block(), Block()), CaptureError,
         ("'layers.1' (Branching)", line(Branching.forward, "if x.abs()"), "content of a tensor",
          "exclude=('layers.1',)")),
     "a replaced forward": Refusal(lambda: with_replaced_forward(stack(), 0), CaptureError,

@@ -10,6 +10,7 @@ from torch import fx
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.reads import Read
+from mhc_rewrite.capture.record import Frame
 
 
 @dataclass
@@ -20,13 +21,28 @@ class Guard:
     expected: Any
 
 
+@dataclass(frozen=True)
+class InlinedCall:
+    """A call of the carrier or of a module captured with it.
+
+    Attributes:
+        module: its path from the carrier.
+        serial: when it began.
+        frames: the Python frames from its forward to what is being looked at, outermost first.
+    """
+
+    module: str
+    serial: int
+    frames: tuple[Frame, ...]
+
+
 @dataclass
 class ModuleGraph:
     """A forward as captured.
 
     Node metadata: `shape`, `dtype` (of tensors), `source` (SourceLine), `holder` (the inlined module that ran it,
-    relative to the carrier), `serial` and `holder_call` (when it ran, and when that module's call began), `mixes` (of
-    child calls and opaque functions) and `axes` (of child calls), `storage`, `inplace`.
+    relative to the carrier), `serial` (when it ran), `calls` (the calls of inlined modules that it ran in), `mixes` and
+    `axes` (of child calls and opaque functions: what they do with each of their tensors), `storage`, `inplace`.
 
     Attributes:
         module: the carrier's name.

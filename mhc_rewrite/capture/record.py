@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
@@ -39,6 +40,21 @@ def user_line() -> SourceLine | None:
     return None
 
 
+Frame = tuple[str, str, int, int]  # file, function, line, and the instruction within the function
+
+
+def frames_within(outermost: tuple[CodeType, ...]) -> tuple[Frame, ...]:
+    """The frames of all code but this package's, from the innermost call of `outermost` to here, outermost first."""
+    frames: list[Frame] = []
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code not in outermost:
+        file = frame.f_code.co_filename
+        if not file.startswith(_OWN_CODE):
+            frames.append((file, frame.f_code.co_name, frame.f_lineno or 0, frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(reversed(frames))
+
+
 def source_line(file: str, line: int) -> SourceLine:
     """A line with its text."""
     import linecache
@@ -57,6 +73,7 @@ class Operation:
     call: int
     mixing: bool
     source: SourceLine | None = None
+    where: str = ""  # which part of its first input it takes, where it takes one
 
     @property
     def name(self) -> str:
@@ -146,6 +163,10 @@ class _Recorder(TorchFunctionMode):
             if not (writes or vocabulary.is_inplace(func, kwargs)):
                 results = [t for t in results if not any(t is given for given in tensors)]
             self.write(func, inputs, results, vocabulary.is_mixing(func))
+            operation = self.recording.operations[-1]
+            if operation.name in vocabulary.SLICING:
+                index = tree_map(lambda x: ("value", self.value(x)) if isinstance(x, Tensor) else x, (args[1:], kwargs))
+                operation.where = repr(index)
         return result
 
     def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:

@@ -26,9 +26,9 @@ from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.children import ChildWatch
 from mhc_rewrite.capture.functions import calls_seen, is_opaque
-from mhc_rewrite.capture.graph import Guard, ModuleGraph, has_effects, origin
+from mhc_rewrite.capture.graph import Guard, InlinedCall, ModuleGraph, has_effects, origin
 from mhc_rewrite.capture.reads import attributes_of, same, value_at
-from mhc_rewrite.capture.record import source_line, user_line
+from mhc_rewrite.capture.record import frames_within, source_line, user_line
 from mhc_rewrite.capture.values import TRACED, TracedTensor, TracedValue, real
 from mhc_rewrite.capture.watch import Watch, is_machinery
 from mhc_rewrite.errors import CaptureError
@@ -53,7 +53,8 @@ class ModuleTracer(fx.Tracer):
         self.tensor_paths = {id(t): path for path, t in (*module.named_parameters(), *module.named_buffers())}
         self.weights = {child: _ids(child) for child in self.paths}
         self.holders = [""]
-        self.holder_call, self.serials = 0, itertools.count(1)
+        self.serials = itertools.count(1)
+        self.calls: tuple[InlinedCall, ...] = (InlinedCall("", 0, ()),)
         self.shadowing = False
         self.thread = threading.get_ident()
         self.transformed = inside_function_transform()
@@ -124,13 +125,7 @@ class ModuleTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         if original is not _MODULE_CALL:  # a class's own __call__, which ends in the module's
             return original(module, *args, **kwargs)
-        self.holders.append(path if path is not None else self.holders[-1])
-        outer, self.holder_call = self.holder_call, next(self.serials)
-        try:
-            return module.forward(*args, **kwargs)
-        finally:
-            self.holders.pop()
-            self.holder_call = outer
+        return self._inline(module, path, args, kwargs)
 
     def reads_form(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The shape, dtype or the like of a tensor that is no value of the graph: a parameter, say."""
@@ -151,6 +146,21 @@ class ModuleTracer(fx.Tracer):
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = tree_map(lambda x: x.value if type(x) in TRACED else x, (args, kwargs))
             return function(*args, **kwargs)
+
+    def _inline(self, module: nn.Module, path: str | None, args: Any, kwargs: Any) -> Any:
+        self.holders.append(path if path is not None else self.holders[-1])
+        outer = self.calls
+        self.calls = (*self.calls_here(), InlinedCall(self.holders[-1], next(self.serials), ()))
+        try:
+            return module.forward(*args, **kwargs)
+        finally:
+            self.holders.pop()
+            self.calls = outer
+
+    def calls_here(self) -> tuple[InlinedCall, ...]:
+        """The calls that are under way, the innermost with the frames that lead to here."""
+        *outer, inner = self.calls
+        return (*outer, dataclasses.replace(inner, frames=frames_within((self.run.__code__, self._inline.__code__))))
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
@@ -173,7 +183,7 @@ class ModuleTracer(fx.Tracer):
                 return value
             node = self.graph.create_node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs)))
             node.meta.update(facts, source=source, holder=self.holders[-1])
-            node.meta.update(serial=next(self.serials), holder_call=self.holder_call)
+            node.meta.update(serial=next(self.serials), calls=self.calls_here())
             if kind == "call_method" and type(args[0]) in TRACED:
                 node.meta["on_object"] = not isinstance(args[0].value, (Tensor, int, float))
             changed = self._written(kind, target, kwargs, inputs, value)
@@ -217,7 +227,7 @@ class ModuleTracer(fx.Tracer):
             value = (child or target)(*real_args, **real_kwargs)
         self.watch.check_numpy(drawn=True)
         traced = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in TRACED]
-        axes = {t.node.name: watch.axes[id(t.value)] for t in traced if id(t.value) in watch.axes}
+        axes = {t.node.name: watch.followed(t.value, value) for t in traced if id(t.value) in watch.followers}
         return value, {**watch.facts(), "axes": axes}
 
     def _written(self, kind: str, target: Any, kwargs: Any, inputs: list[Any], value: Any) -> Any:
@@ -419,12 +429,10 @@ class ModuleTracer(fx.Tracer):
 
 
 def capture_error(name: str, module: nn.Module, source: SourceLine | None, why: str) -> CaptureError:
-    """The error for a forward that can't be captured, with the way out."""
+    """The error for a forward that can't be captured."""
     where = f" at {source}" if source else ""
-    way_out = f"Change that line, or leave the module out with exclude=({name!r},)." if name else "Change that line."
-    kind = type(module).__name__
-    return CaptureError(f"The forward of {name or 'the model'!r} ({kind}) can't be captured{where}: {why}. "
-                        f"{way_out}")  # fmt: skip
+    text = f"The forward of {name or 'the model'!r} ({type(module).__name__}) can't be captured{where}: {why}."
+    return CaptureError(f"{text} Change that line.", name)
 
 
 def _ids(module: nn.Module) -> list[int]:

@@ -1,4 +1,4 @@
-"""What operators mean to the analysis, by name: which ones add, mix features, act per element, and along which axis.
+"""What operators mean to the analysis, by name: which ones add, mix features, act per element, and by what.
 
 One table a question; a new operator is one word here. Names are those of torch functions, Tensor methods and
 `operator` functions alike (`add`, `__add__`, `torch.add` and `operator.add` are all "add").
@@ -6,17 +6,17 @@ One table a question; a new operator is one word here. Names are those of torch 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 ADD = frozenset({"add", "add_", "iadd", "radd"})
 
+CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+
 # Operations that mix features or tokens: what makes a branch a block rather than an activation.
-MIXING = frozenset(
+MIXING = CONVOLUTIONS | frozenset(
     "linear bilinear matmul rmatmul mm bmm mv baddbmm addmm einsum tensordot chain_matmul multi_dot "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
     "scaled_dot_product_attention multi_head_attention_forward flex_attention "
     "lstm gru rnn_tanh rnn_relu cumsum logcumsumexp cumprod "
     "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn "
@@ -33,6 +33,18 @@ SCALING = frozenset({"mul", "rmul", "imul", "mul_", "truediv", "div", "div_", "i
 DROPOUT = frozenset({"dropout", "dropout_"})
 RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
 PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
+
+# Those that a sum of states passes through unharmed: the trunk as a whole goes through, not a block.
+LINEAR = (
+    SCALING
+    | ADD
+    | DROPOUT
+    | RESHAPING
+    | frozenset("contiguous clone to float double half bfloat16 type type_as".split())
+)
+
+# What takes a part of its first tensor.
+SLICING = frozenset("getitem select narrow unbind split chunk tensor_split split_with_sizes index_select".split())
 
 # Functions that make a tensor from sizes alone.
 FACTORIES = tuple(
@@ -64,11 +76,7 @@ EXITS = {
     "register_post_accumulate_grad_hook": "a hook of autograd",
 }
 
-# The axis along which an operator mixes or normalises its first tensor.
-LAST_AXIS = frozenset({"linear", "layer_norm", "rms_norm", "matmul"})
-CHANNEL_AXIS = frozenset(
-    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm"}
-)
+# What averages or measures along an axis.
 REDUCTIONS = frozenset({"mean", "var", "std", "norm", "vector_norm", "var_mean", "std_mean"})
 
 
@@ -106,44 +114,3 @@ def is_inplace(target: Any, kwargs: dict[str, Any]) -> bool:
     bare = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     augmented = bare in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul")
     return augmented or (bare.endswith("_") and not bare.endswith("__")) or kwargs.get("inplace") is True
-
-
-class AxisFollower:
-    """Follows a tensor's axes through permutations until an operator shows which of them carries the features.
-
-    Keys are whatever names tensors: object ids while running, nodes in a graph.
-    """
-
-    def __init__(self, key: Hashable, rank: int) -> None:
-        self.axes: dict[Hashable, tuple[int, ...]] = {key: tuple(range(rank))}
-
-    def step(self, target: Any, inputs: Sequence[Hashable], args: tuple[Any, ...], kwargs: dict[str, Any],
-             output: Hashable, output_rank: int | None) -> int | None:  # fmt: skip
-        """The feature axis of the tensor that is followed, if this operator decides it; follows on otherwise."""
-        source = next((key for key in inputs if key in self.axes), None)
-        if source is None:
-            return None
-        axes, name = self.axes[source], name_of(target)
-        if name == "matmul" and source != inputs[0]:
-            name = ""  # a matrix from the left mixes tokens, as in MLP-Mixer, and says nothing of the features
-        if name in LAST_AXIS:
-            return axes[-1]
-        if name in CHANNEL_AXIS and len(axes) > 1:
-            return axes[1]
-        if name in REDUCTIONS:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-            return axes[dims[0]] if len(dims) == 1 and isinstance(dims[0], int) and dims[0] < len(axes) else None
-        if name in PERMUTING:
-            axes = _permuted(name, axes, args[1:], kwargs)
-        if axes is not None and output_rank == len(axes):
-            self.axes.setdefault(output, axes)
-        return None
-
-
-def _permuted(name: str, axes: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """Axes after a permutation, found by carrying it out on a tensor whose sizes are the axes' numbers."""
-    probe = torch.empty([axis + 1 for axis in axes], device="meta")
-    with torch._C.DisableTorchFunction():
-        moved = getattr(probe, name)
-        return tuple(size - 1 for size in (moved if isinstance(moved, torch.Tensor) else moved(*args, **kwargs)).shape)

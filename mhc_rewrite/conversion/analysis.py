@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -21,13 +21,24 @@ from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.captures import CallKind, Captures
-from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
+from mhc_rewrite.errors import (
+    CaptureError,
+    ConfigError,
+    ExampleInputsError,
+    MHCError,
+    NoResidualError,
+    UnsupportedModelError,
+)
 from mhc_rewrite.passes.expand_streams import SiteTarget
+from mhc_rewrite.passes.feature_axis import MIN_WIDTH, Votes, elected
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
-from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, mixes
 from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_streams, site_ref
+from mhc_rewrite.passes.same_site import Known, SiteKey
 from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
 
+# How many modules an error proposes to exclude.
+_MANY = 8
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,14 +49,14 @@ class CarrierWiring:
     Attributes:
         inlined: names of the modules captured as part of it.
         targets: adds to rewrite, by key.
-        known: all residual adds that the example showed, by key.
+        known: what is settled about all residual adds that the example showed, by key.
         entries: leaf path -> (rank of the trunk, stream number, whether it may come in as streams).
         leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
     """
 
     inlined: set[str] = field(default_factory=set)
     targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
-    known: set[SiteKey] = field(default_factory=set)
+    known: dict[SiteKey, Known] = field(default_factory=dict)
     entries: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     leaves: dict[int, list[bool]] = field(default_factory=dict)
 
@@ -77,6 +88,8 @@ class _Mode:
 
     training: bool
     recording: Recording
+    chosen: list[ModuleCall]
+    rejected: list[Rejection]  # by the recording alone
     calls: list[tuple[ModuleCall, Residuals]]
     streams: list[LinkedStream]
     rejections: list[Rejection]
@@ -107,6 +120,38 @@ def analyse(
     except ExampleInputsError as error:
         why = str(error.__cause__).splitlines()[0]
         notes.append(f"The example can't be run in training mode ({why}); that variant is captured at its first call.")
+    try:
+        return _planned(model, args, kwargs, config, filter_fn, runs, notes)
+    except CaptureError as error:
+        out = _way_out(error, lambda names: _planned(
+            model, args, kwargs, replace(config, exclude=(*config.exclude, *names)), filter_fn, runs, notes
+        ))  # fmt: skip
+        if not out:
+            raise
+        raise CaptureError(f"{error} Or leave out what can't be captured, with exclude={out}.", error.module) from error
+
+
+def _way_out(error: CaptureError, planned: Callable[[tuple[str, ...]], Analysis]) -> tuple[str, ...]:
+    """The modules to exclude so that a plan has sites; () where that does not help, or takes more than a few."""
+    names: tuple[str, ...] = ()
+    while error.module and error.module not in names and len(names) < _MANY:
+        names = (*names, error.module)
+        try:
+            planned(names)
+        except CaptureError as further:
+            error = further
+        except MHCError:
+            return ()
+        else:
+            return names
+    return ()
+
+
+def _planned(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig,
+    filter_fn: Callable[[ResidualSite], bool] | None, runs: list[tuple[Recording, Any]], notes: list[str],
+) -> Analysis:  # fmt: skip
+    """The analysis of recorded runs."""
     captures, modes = _capture_and_link(model, args, kwargs, config, runs)
     rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
     sites = _name_sites(model, modes)
@@ -144,7 +189,7 @@ def analyse(
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
             captures.collect(more_args, more_kwargs, mode.training)
-    wiring = _wire(modes, streams, kept, repeated, captures.inlined)
+    wiring = _wire(modes, streams, kept, repeated, captures)
     return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
 
 
@@ -183,10 +228,66 @@ def _capture_and_link(
             captures.collect(args, kwargs, training)
             calls = [recording.calls[carrier.call] for carrier in carriers]
             modes.append(_link(recording, calls, captures, rejected, config, training, result))
+        modes = _settle(modes, captures, config)
         further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
         if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):
             return captures, modes
         parents |= further
+
+
+def _settle(modes: list[_Mode], captures: Captures, config: MHCConfig) -> list[_Mode]:
+    """Decides what one forward alone does not show: the axis of a stream, and by which argument it comes in."""
+    before: dict[tuple[str, SiteKey], Known] = {}
+    while True:
+        decided: dict[str, dict[SiteKey, Known]] = defaultdict(dict)
+        for mode in modes:
+            for ref, change in (*_sources(mode.streams), *_axes(mode.streams, config.min_sites)):
+                known = replace(captures.known[captures.likeness(ref.carrier)][ref.key], **change)
+                if before.get((ref.carrier, ref.key), known) != known and "refused" in change:
+                    known = replace(known, refused=("axis", "its streams do not agree on the axis of features"))
+                elif (ref.carrier, ref.key) in before and "source" in change:
+                    continue
+                before[ref.carrier, ref.key] = decided[ref.carrier][ref.key] = known
+        if not decided:
+            return modes
+        captures.settle(decided)
+        modes = [
+            _link(mode.recording, mode.chosen, captures, mode.rejected, config, mode.training, mode.result)
+            for mode in modes
+        ]
+
+
+def _sources(streams: list[LinkedStream]) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """Segments whose trunk comes in by one argument while another stream ends in another one."""
+    segments = [segment for stream in streams for segment in stream.segments]
+    out = {value: segment for segment in segments for value in segment.went_out}
+    for segment in segments:
+        if segment.came_in in out:
+            continue
+        for value, leaf in segment.might.items():
+            if value in out and out[value].call.index < segment.call.index:
+                yield segment.refs[0], {"source": leaf}
+
+
+def _axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """All sites of a stream get one axis, by a vote of all of them; a stream without one is none."""
+    for stream in streams:
+        if len(stream.refs) < min_sites:
+            continue
+        sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
+        votes = sum((site.votes for _, site in sites), Votes())
+        axis = elected(votes)
+        width = MIN_WIDTH if axis is None else sites[0][1].read.meta["shape"][axis]
+        refused = None
+        if axis is None and not any(strength for _, strength in votes):
+            refused = "axis", "no parameter in the branches acts along one axis of it alone: coordinates, say"
+        elif axis is None:
+            refused = "axis", "as much shows that one axis carries the features as another"
+        elif width < MIN_WIDTH:
+            refused = "width", f"its axis of features has size {width}: coordinates, say, which are not to be projected"
+        if refused or any(site.channel_dim != axis for _, site in sites):
+            for ref, _ in sites:
+                yield ref, {"channel_dim": -1 if axis is None else axis, "refused": refused}
 
 
 def _can_capture(
@@ -221,19 +322,20 @@ def _link(
     training: bool, result: Any,
 ) -> _Mode:  # fmt: skip
     calls = []
+    rejected = list(rejections)
     for call in chosen:
         captured = captures.by_kind[CallKind(call.name, training, call.key)]
         if isinstance(captured, CaptureError):
             if not _matches_module(call.name, config.exclude):
                 raise captured
-            rejections.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
+            rejected.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
             continue
         calls.append((call, captured[1]))
     found = {id(residuals): residuals for _, residuals in calls}  # layers that are alike share one
     streams, endings = link_streams(recording, calls)
-    rejected = [*rejections, *(r for residuals in found.values() for r in residuals.rejections)]
+    rejected += [r for residuals in found.values() for r in residuals.rejections]
     rejected += [ending.rejection for ending in endings]
-    return _Mode(training, recording, calls, streams, rejected, endings, result)
+    return _Mode(training, recording, chosen, rejections, calls, streams, rejected, endings, result)
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------
@@ -245,9 +347,7 @@ def _name_sites(model: nn.Module, modes: list[_Mode]) -> dict[SiteRef, ResidualS
     counts: dict[str, int] = defaultdict(int)
     for mode in modes:
         for call, residuals in mode.calls:
-            for site in sorted(
-                (site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place
-            ):
+            for site in residuals.sites():
                 ref = site_ref(call, site)
                 if ref not in sites:
                     name = ".".join(filter(None, (ref.holder, f"mhc_{counts[ref.holder]}")))
@@ -263,7 +363,7 @@ def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
         name=name, holder=ref.holder, carrier=ref.carrier,
         branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
         width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(_trunk_dtype(site)),
-        source=site.add.meta.get("source") or SourceLine(ref.file, ref.line, ""),
+        source=site.add.meta.get("source") or SourceLine("", 0, ""),
     )  # fmt: skip
 
 
@@ -386,15 +486,15 @@ def _wire(
     streams: list[ResidualStream],
     kept: list[tuple[SiteRef, ...]],
     repeated: list[set[str]],
-    inlined: dict[str, set[str]],
+    captures: Captures,
 ) -> dict[str, CarrierWiring]:
     carriers: dict[str, CarrierWiring] = {}
     for number, (stream, refs) in enumerate(zip(streams, kept, strict=True)):
         for site, ref in zip(stream.sites, refs, strict=True):
-            wiring = carriers.setdefault(ref.carrier, CarrierWiring(inlined[ref.carrier]))
+            known = captures.known[captures.likeness(ref.carrier)]
+            wiring = carriers.setdefault(ref.carrier, CarrierWiring(captures.inlined[ref.carrier], known=known))
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
-            holder = ref.holder[len(ref.carrier) :].lstrip(".")
-            wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
+            wiring.targets[ref.key] = SiteTarget(path, number)
     # A carrier that only ever begins a stream never gets one: an axis more is a mistake there.
     opening = {refs[0].carrier for refs in kept} - {
         ref.carrier
@@ -404,7 +504,6 @@ def _wire(
     }
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
-            carriers[call.name].known.update(site.key for site in trunk.sites)
             target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
                 entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)

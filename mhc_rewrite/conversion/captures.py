@@ -6,7 +6,7 @@ read says the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -21,6 +21,7 @@ from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.capture.trace import capture_error, trace
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
+from mhc_rewrite.passes.same_site import Known, SiteKey, learned
 from mhc_rewrite.torch_private import without_hooks
 
 # Attributes that say how a module is run and not what it computes: the mode is part of every key, and checkpointing
@@ -48,6 +49,7 @@ class Captures:
         self.by_kind: dict[CallKind, Captured | CaptureError] = {}
         self.leaves: dict[CallKind, dict[str, Any]] = {}
         self._alike: dict[Any, list[Captured]] = {}
+        self.known: dict[Any, dict[SiteKey, Known]] = {}  # by likeness of carriers
 
     def collect(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
         """Runs the model and captures every kind of call of the carriers that it shows for the first time."""
@@ -91,13 +93,31 @@ class Captures:
                     captured = capture_forward(
                         carrier, kind.module, bound,
                         {self.model.get_submodule(part) for part in self.inlined[kind.module]}, training,
+                        known=self.known.get(like[0]),
                     )  # fmt: skip
                 except CaptureError as error:
                     self.by_kind[kind] = error
                     continue
+                self.known[like[0]] = learned(self.known.get(like[0], {}), captured[1].sites(), captured[1].refused)
                 if not captured[0].constants:  # objects from elsewhere may belong to this very module
                     alike.append(captured)
             self.by_kind[kind] = captured
+
+    def settle(self, decided: Mapping[str, Mapping[SiteKey, Known]]) -> None:
+        """Looks at captures anew after decisions about sites, by carrier."""
+        for name, sites in decided.items():
+            self.known[self.likeness(name)].update(sites)
+        changed = {self.likeness(name) for name in decided}
+        anew: dict[int, Captured] = {}
+        for kind, captured in self.by_kind.items():
+            like = self.likeness(kind.module)
+            if like in changed and not isinstance(captured, CaptureError):
+                graph = captured[0]
+                if id(graph) not in anew:
+                    carrier = self.model.get_submodule(kind.module)
+                    anew[id(graph)] = graph, find_residuals(graph, carrier, self.known[like])
+                self.by_kind[kind] = anew[id(graph)]
+        self._alike = {like: [anew.get(id(one[0]), one) for one in made] for like, made in self._alike.items()}
 
     def likeness(self, name: str) -> Any:
         """What a module is made of. Layers that are alike share a capture where what it read is the same in both."""
@@ -110,7 +130,7 @@ class Captures:
 
 def capture_forward(
     module: nn.Module, name: str, bound: dict[str, Any], inlined: Iterable[nn.Module], training: bool,
-    forward: Callable[..., Any] | None = None,
+    forward: Callable[..., Any] | None = None, known: Mapping[SiteKey, Known] | None = None,
 ) -> Captured:  # fmt: skip
     """Captures a carrier's forward on bound arguments and finds its residual adds; leaves the module as it was.
 
@@ -120,6 +140,7 @@ def capture_forward(
         inlined: the modules captured with it.
         training: the mode of the carrier and all below it, if they are not in a mode of their own.
         forward: its original forward; by default its class's.
+        known: the sites that earlier captures of this forward showed.
 
     Raises:
         CaptureError: the forward can't be captured.
@@ -133,7 +154,7 @@ def capture_forward(
             with torch.enable_grad():  # it asks: as in the call that it is made for
                 graph = trace(module, name, forward or type(module).forward, bound, inlined)
         with torch.no_grad():
-            return graph, find_residuals(graph, module)
+            return graph, find_residuals(graph, module, known)
 
 
 def _form(value: Any) -> Any:

@@ -213,9 +213,19 @@ class CarrierRole:
             if value is not leaves[path]:
                 bound[path] = value  # a trunk is an argument of its own
         inlined = [module.get_submodule(path) for path in self.inlined]
-        captured, residuals = capture_forward(module, self.name, bound, inlined, module.training, original)
+        captured, residuals = capture_forward(module, self.name, bound, inlined, module.training, original,
+                                              self.wiring.known)  # fmt: skip
         trunk = self.as_trunk(leaves, arriving, form_only=True)
         return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
+
+    def unknown(self, residuals: Residuals) -> list[FoundSite]:
+        """The adds that the example did not show, but for further ones on a trunk that was left alone."""
+        found = []
+        for trunk in residuals.trunks:
+            keys = {site.key for site in trunk.sites}
+            if keys.isdisjoint(self.wiring.known) or not keys.isdisjoint(self.wiring.targets):
+                found += [site for site in trunk.sites if site.key not in self.wiring.known]
+        return found
 
     def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
@@ -232,9 +242,10 @@ class CarrierRole:
         residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
     ) -> Variant:  # fmt: skip
         """Rewrites a captured forward for one way of coming in and going out; `rewrites` are those made before."""
-        found = {site.key for trunk in residuals.trunks for site in trunk.sites}
-        if found.isdisjoint(self.wiring.targets) or not found <= self.wiring.known:
-            new = sorted(f"{key[1]}:{key[2]}" for key in found - self.wiring.known)
+        found = {site.key for site in residuals.sites()}
+        unknown = self.unknown(residuals)
+        if found.isdisjoint(self.wiring.targets) or unknown:
+            new = sorted({str(site.add.meta.get("source")) for site in unknown})
             raise StreamError(
                 f"{self.name or 'the model'!r}, called as {describe(key, training)}, "
                 + (f"runs residual adds that the example inputs did not ({', '.join(new)})" if new else

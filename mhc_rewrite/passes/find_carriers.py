@@ -6,12 +6,16 @@ of find_residuals, on the graphs of the modules that this pass names.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording, innermost_common
+from mhc_rewrite.passes import recurrence
 from mhc_rewrite.plans import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
@@ -49,6 +53,8 @@ def find_carriers(
     Modules named in `parents` are captured with all carriers inside them.
     """
     candidates, rejections = _find_candidates(recording)
+    for number in _recurrences(recording, candidates):
+        rejections.append(_reject(recording, candidates.pop(number).operation, recurrence.RULE, recurrence.REASON))
     chains = _chains(candidates)
     carriers: dict[int, Carrier] = {}
     homes: list[tuple[int, int]] = []
@@ -99,6 +105,9 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             if _adds_between(recording, candidates, branch, fork) >= STAGE:
                 near = ("long-skip", "the skip closes over a whole stage of residual adds")
                 continue
+            if _adds_between(recording, candidates, branch, fork, linear=True) > 0:
+                near = ("long-skip", "two states of one trunk are added, without a block between")
+                continue
             if not mixes:
                 near = ("no-mixing", "no operation between trunk and add mixes features: an activation or a rotation")
                 continue
@@ -113,8 +122,13 @@ def _is_feature(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) -> tuple[set[int], set[int]]:
-    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates."""
+def _reach(
+    recording: Recording, candidates: dict[int, _Candidate], start: int, linear: bool = False
+) -> tuple[set[int], set[int]]:
+    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates.
+
+    With `linear` by operations alone that scale, add or reshape.
+    """
     seen, todo, before = {start}, [start], set()
     while todo:
         value = todo.pop()
@@ -122,7 +136,7 @@ def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) 
             before.add(value)
             continue
         operation = recording.producer.get(value)
-        if operation is None or operation.mixing:
+        if operation is None or operation.mixing or (linear and operation.name not in vocabulary.LINEAR):
             continue
         for source in operation.inputs:
             if source not in seen and recording.shapes[source].numel() == recording.shapes[start].numel():
@@ -160,9 +174,14 @@ def _fork(
     return found.get(False), False
 
 
-def _adds_between(recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int) -> int:
-    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage."""
-    reach, before = _reach(recording, candidates, branch)
+def _adds_between(
+    recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int, linear: bool = False
+) -> int:
+    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage.
+
+    With `linear` 0 as well where something else than scaling follows the last of them.
+    """
+    reach, before = _reach(recording, candidates, branch, linear)
     count = 0
     while fork not in reach and before:
         last = max(before)
@@ -181,6 +200,39 @@ def _chains(candidates: dict[int, _Candidate]) -> dict[int, set[int]]:
         for member in merged:
             chain_of[member] = merged
     return chain_of
+
+
+def _recurrences(recording: Recording, candidates: dict[int, _Candidate]) -> list[int]:
+    """The candidates that are steps of a recurrence over time."""
+
+    def sources(value: int) -> tuple[int, ...]:
+        operation = recording.producer.get(value)
+        return operation.inputs if operation is not None else ()
+
+    def slice_of(value: int) -> tuple[int, Hashable] | None:
+        operation = recording.producer.get(value)
+        if operation is None or operation.name not in vocabulary.SLICING:
+            return None
+        return operation.inputs[0], (operation.name, operation.where, operation.outputs.index(value))
+
+    def parameters(value: int) -> tuple[Hashable, ...]:
+        return (value,) if isinstance(recording.kept[value], nn.Parameter) else ()
+
+    reading = recurrence.Reading(sources, slice_of, parameters, lambda value: value)
+    found = []
+    for chain in {id(chain): chain for chain in _chains(candidates).values()}.values():
+        places = defaultdict(list)
+        for number in sorted(chain):
+            operation = candidates[number].operation
+            places[recording.calls[operation.call].name, operation.source].append(number)
+        for numbers in places.values():
+            turns = [
+                reading.turn(candidates[n].operation.inputs, max(candidates[n].before, default=candidates[n].fork))
+                for n in numbers
+            ]
+            if recurrence.is_recurrence(turns):
+                found += numbers
+    return found
 
 
 def _home(recording: Recording, candidate: _Candidate) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
+from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.plans import Rejection
 
 # Reads of a tensor's form that the extra axis of the streams does not change.
@@ -19,13 +20,15 @@ _HARMLESS = frozenset({"dtype", "device", "layout", "is_cuda", "requires_grad", 
 
 @dataclass(frozen=True)
 class SiteRef:
-    """A site by name of its carrier, holder (absolute), and place in the source: the same in every mode."""
+    """A site by name of its carrier, and its key in there: the same in every mode."""
 
     carrier: str
-    holder: str
-    file: str
-    line: int
-    occurrence: int
+    key: SiteKey
+
+    @property
+    def holder(self) -> str:
+        """The module whose forward holds the add."""
+        return ".".join(filter(None, (self.carrier, self.key.holder)))
 
 
 @dataclass(eq=False)
@@ -37,6 +40,7 @@ class Segment:
     refs: tuple[SiteRef, ...]
     came_in: int | None
     went_out: frozenset[int]
+    might: dict[int, str] = field(default_factory=dict)  # what else might be its trunk, and the leaf that it comes by
 
 
 @dataclass(eq=False)
@@ -106,22 +110,23 @@ def link_streams(
 
 def site_ref(call: ModuleCall, site: FoundSite) -> SiteRef:
     """What names a site across calls and modes."""
-    return SiteRef(call.name, ".".join(filter(None, (call.name, site.key[0]))), *site.key[1:])
+    return SiteRef(call.name, site.key)
 
 
 def _segment(call: ModuleCall, trunk: Trunk) -> Segment:
     refs = tuple(site_ref(call, site) for site in trunk.sites)
     source = trunk.source.meta["leaf"] if trunk.source is not None else None
     out = frozenset(value for i in trunk.sinks if i < len(call.outputs) and (value := call.outputs[i]) is not None)
-    return Segment(call, trunk, refs, call.leaf_values.get(source) if source else None, out)
+    others = [start.meta["leaf"] for start in trunk.sources if start is not trunk.source]
+    might = {call.leaf_values[leaf]: leaf for leaf in others if leaf in call.leaf_values}
+    return Segment(call, trunk, refs, call.leaf_values.get(source) if source else None, out, might)
 
 
 def _next(segment: Segment, taker: dict[int, Segment]) -> Segment | None:
     for value in sorted(segment.went_out):
         following = taker.get(value)
         if following is not None and following.call.index > segment.call.index:
-            same_layout = following.trunk.sites[0].channel_dim == segment.trunk.sites[0].channel_dim
-            return following if same_layout else None
+            return following
     return None
 
 

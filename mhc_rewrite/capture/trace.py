@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
-from mhc_rewrite.capture.record import source_line, user_line
+from mhc_rewrite.capture.record import is_user_code, source_line, user_line
+from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.plans import SourceLine
 
@@ -167,13 +168,13 @@ class _Functions(TorchFunctionMode):
 class _ChildWatch(TorchFunctionMode):
     """What a child does with its tensors: whether it mixes, and along which axis of each of them."""
 
-    def __init__(self, child: nn.Module, tensors: list[Tensor]) -> None:
+    def __init__(self, child: Any, tensors: list[Tensor]) -> None:
         super().__init__()
         self.followers = {id(t): vocabulary.AxisFollower(id(t), t.dim()) for t in tensors}
         self.axes: dict[int, int] = {}
         self.mixes = False
         self.saw_anything = False
-        self.has_matrices = any(p.dim() >= 2 for p in child.parameters())
+        self.has_matrices = isinstance(child, nn.Module) and any(p.dim() >= 2 for p in child.parameters())
         self.kept: list[Any] = list(tensors)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,6 +208,7 @@ class ModuleTracer(fx.Tracer):
         self.captured = ModuleGraph(name, self.graph)
         self.constants: dict[int, tuple[fx.Node, Any]] = {}
         self.kept: list[Any] = []
+        self.sums = Sums(_real)
 
     # -- what the forward sees ---------------------------------------------------------------------------------------
 
@@ -243,7 +245,7 @@ class ModuleTracer(fx.Tracer):
     def placeholder(self, path: str, value: Any) -> TracedValue:
         if isinstance(value, Tensor):
             value = value.detach().clone()  # in-place operations must not reach the caller
-        elif not isinstance(value, torch.Generator):
+        elif not isinstance(value, torch.Generator) and not callable(value):
             value = copied(value)  # a cache must not grow
         node = self.graph.placeholder(path.replace(".", "_").replace("*", "args_"))
         node.meta["leaf"] = path
@@ -284,10 +286,16 @@ class ModuleTracer(fx.Tracer):
     # -- nodes -------------------------------------------------------------------------------------------------------
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        plain = self.sums.plain(target, args, kwargs) if kind != "call_module" else None
+        if plain is not None:
+            with _Functions(self):
+                return plain()
         source = user_line()
         self._check_context(source)
         with self.as_shadow():  # the tracer's own torch calls are not the forward's
             value, facts = self._shadow(kind, target, args, kwargs)
+            if kind != "call_module":
+                self.sums.note(target, args, kwargs, value)
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TracedValue)]
             if isinstance(value, _CONCRETE) and not self._must_stay(kind, target, inputs, value, source):
                 self.captured.asks_dtype |= isinstance(value, torch.dtype) or target == "is_floating_point"
@@ -325,12 +333,15 @@ class ModuleTracer(fx.Tracer):
         real_args, real_kwargs = _real(args), _real(kwargs)
         if kind == "call_function":
             return target(*real_args, **real_kwargs), facts
+        child: Any = self.root.get_submodule(target) if kind == "call_module" else real_args[0]
+        run = child
         if kind == "call_method":
-            return getattr(real_args[0], target)(*real_args[1:], **real_kwargs), facts
-        child = self.root.get_submodule(target)
+            run, real_args = getattr(child, target), real_args[1:]
+            if not callable(child):
+                return run(*real_args, **real_kwargs), facts
         tensors = [t for t in tree_leaves((real_args, real_kwargs)) if isinstance(t, Tensor) and t.dim() >= 2]
         with _ChildWatch(child, tensors) as watch:
-            value = child(*real_args, **real_kwargs)
+            value = run(*real_args, **real_kwargs)
         facts["mixes"] = watch.mixes or (watch.has_matrices and not watch.saw_anything)
         traced = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TracedValue)]
         facts["axes"] = {t.node.name: watch.axes[id(t.value)] for t in traced if id(t.value) in watch.axes}
@@ -567,7 +578,7 @@ def trace(
         frame, line = error.__traceback__, None
         while frame is not None:
             file = frame.tb_frame.f_code.co_filename
-            if "/torch/" not in file and "/mhc_rewrite/" not in file:
+            if is_user_code(file, frame.tb_frame.f_code.co_name):
                 line = source_line(file, frame.tb_lineno)
             frame = frame.tb_next
         raise capture_error(name, module, line, f"{type(error).__name__}: {error}".splitlines()[0]) from error

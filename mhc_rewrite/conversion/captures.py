@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.call import CallShape, as_now, flatten
+from mhc_rewrite.capture.call import CallShape, as_now, flatten, modules_in
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.capture.trace import ModuleGraph, capture_error, trace
 from mhc_rewrite.errors import CaptureError
@@ -125,7 +125,8 @@ def capture_forward(
     Raises:
         CaptureError: the forward can't be captured.
     """
-    with undisturbed(module), without_hooks(module):
+    called = modules_in(list(bound.values()))  # by way of a callable that the forward is given
+    with undisturbed(module, *called), without_hooks(module, *called):
         if module.training is not training:
             module.train(training)
         graph = trace(module, name, forward or type(module).forward, bound, set(inlined))

@@ -105,6 +105,8 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             candidates[operation.outputs[0]] = _Candidate(operation, trunk, reach, fork, branch, before)
             break
         else:
+            if near[0] == "no-ancestor" and _on_a_part(recording, candidates, operation):
+                near = ("part-of-trunk", "the add is on a part of the trunk's tokens; a site writes to all of them")
             rejections.append(_reject(recording, operation, *near))
     return candidates, rejections
 
@@ -129,6 +131,18 @@ def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) 
                 seen.add(source)
                 todo.append(source)
     return seen, before
+
+
+def _on_a_part(recording: Recording, candidates: dict[int, _Candidate], add: Operation) -> bool:
+    """Whether the sum is written back into what one operand was taken from, as in `x[rows] += f(x[rows])`."""
+    following = recording.operations[add.index + 1 : add.index + 2]
+    if not following or following[0].name != "setitem" or add.outputs[0] not in following[0].inputs:
+        return False
+    whole = following[0].inputs[0]
+    taken = [recording.producer.get(value) for value in add.inputs]
+    parts = [value for value, source in zip(add.inputs, taken, strict=True) if source and whole in source.inputs]
+    reach, _ = _reach(recording, candidates, whole)
+    return any(_fork(recording, candidates, reach, value)[1] for value in add.inputs if parts and value != parts[0])
 
 
 def _fork(

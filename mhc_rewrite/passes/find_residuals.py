@@ -104,6 +104,7 @@ class _Finder:
                 terms = _terms(node)
                 if terms is not None:
                     self._consider(node, *terms)
+        self._drop_inner_differences()
         seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
             source = site.add.meta.get("source") or SourceLine("", 0, "")
@@ -153,6 +154,8 @@ class _Finder:
             return "long-skip", "the skip closes over a whole stage of residual adds"
         if not any(mixes(node) or node in self.sites for node in region):
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
+        if min(scale, factor) < 0 and not self._learns(region):
+            return "filter", "a difference to what has no parameters: a filter, such as x - avg_pool(x), not a block"
         if len(reads) > 1:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
@@ -164,6 +167,10 @@ class _Finder:
         channel_dim = 1 if axis == 1 and rank > 2 else -1
         if not all(channel_dim in lift.channel_dims for lift in lifts[: chain.index(read)]):
             return "not-per-token", "an operation between the branch's read and the add does not act per token"
+        moved = next((lift for lift in lifts[: chain.index(read)] if not lift.in_order), None)
+        if moved is not None:
+            what = vocabulary.name_of(moved.node.target)
+            return "moved-tokens", f"{what!r} between the branch's read and the add moves tokens or leaves some out"
         usable = next((i for i, lift in enumerate(lifts) if channel_dim not in lift.channel_dims), len(lifts))
         lifts = lifts[:usable]
         chain = chain[: usable + 1]
@@ -198,7 +205,10 @@ class _Finder:
 
     def _lifts(self, node: fx.Node) -> list[Lift]:
         if node not in self.lift_cache:
-            self.lift_cache[node] = lifting.carried(node, self.carrier)
+            lifts = lifting.carried(node, self.carrier)
+            # Streams have memory of their own: what is in place on the trunk may not be read by another name.
+            seen = bool(lifts) and node.meta.get("inplace") and self._alias(node, node.all_input_nodes) is not None
+            self.lift_cache[node] = [] if seen else lifts
         return self.lift_cache[node]
 
     def _sites_between(self, branch: fx.Node, read: fx.Node) -> int:
@@ -260,12 +270,30 @@ class _Finder:
                         return user
         return None
 
+    def _learns(self, region: set[fx.Node]) -> bool:
+        """Whether parameters take part in what a branch computes."""
+        for node in region:
+            module = self.carrier.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if module is not None and next(module.parameters(), None) is not None:
+                return True
+            if any(source.op == "get_attr" for source in node.all_input_nodes) or node.meta.get("on_object"):
+                return True
+        return False
+
+    def _drop_inner_differences(self) -> None:
+        """`x + g(x - f(x))` is one site: a difference inside of a branch does not take the trunk from it."""
+        for add, site in list(self.sites.items()):
+            minus = min(site.scale, *(factor for _, factor in site.branches)) < 0
+            if minus and any(add in other.region and other.read in site.chain for other in self.sites.values()):
+                self._reject(add, "fork", "a difference inside of the branch of another residual add on the same trunk")
+                del self.sites[add]
+
     def _feature_axis(self, read: fx.Node, region: set[fx.Node]) -> int | None:
         """The trunk's axis that the branch mixes or normalises first."""
         follower = vocabulary.AxisFollower(read, len(read.meta["shape"]))
         for node in sorted(region, key=self.order.__getitem__):
             inputs = node.all_input_nodes
-            if node.op == "call_module":
+            if "axes" in node.meta:
                 for source in inputs:
                     axis = node.meta["axes"].get(source.name)
                     if source in follower.axes and axis is not None and axis < len(follower.axes[source]):
@@ -296,12 +324,16 @@ class _Finder:
             ):
                 previous = None
             on_trunk = site.chain[: site.chain.index(site.read) + 1] if previous is None else site.chain[:-1]
+            if not claimed.isdisjoint(on_trunk) and previous is not None and site.read not in claimed:
+                previous, on_trunk = None, site.chain[: site.chain.index(site.read) + 1]  # a part of it, on its own
+                self._cut(site)
             if not claimed.isdisjoint(on_trunk):
                 self._reject(site.add, "fork", "another residual add continues the same trunk")
                 del self.sites[site.add]
                 continue
             claimed.update(on_trunk, [site.add])
             if previous is None:
+                self._note_end(site)
                 previous = Trunk([])
                 trunks.append(previous)
             previous.sites.append(site)
@@ -312,6 +344,27 @@ class _Finder:
             self._find_source(trunk, taken)
             self._find_sinks(trunk, leaves)
         return trunks
+
+    @staticmethod
+    def _cut(site: FoundSite) -> None:
+        """Lets a site's trunk begin where its branch reads."""
+        at = site.chain.index(site.read)
+        site.chain, site.lifts = site.chain[: at + 1], site.lifts[:at]
+
+    def _note_end(self, site: FoundSite) -> None:
+        """Says why the stream of an earlier site ends here, where an operation that mixes nothing comes between."""
+        node = site.chain[-1]
+        sources = [source for source in node.all_input_nodes if "shape" in source.meta]
+        if node in self.sites or mixes(node) or reads_form(node):
+            return
+        if any(chain[-1] in self.sites for source in sources for chain in self._ways_back(source)):
+            what = vocabulary.name_of(node.target) if node.op != "call_module" else str(node.target)
+            reason = f"{what!r} stands on the trunk and does not act on every stream alone; the stream ends there"
+            self._reject(node, "trunk-operation", reason)
+
+    def _ways_back(self, node: fx.Node) -> Iterator[list[fx.Node]]:
+        for lifts in self._chains(node):
+            yield [node, *(lift.trunk for lift in lifts)]
 
     def _find_source(self, trunk: Trunk, taken: set[fx.Node]) -> None:
         first = trunk.sites[0]
@@ -376,7 +429,7 @@ def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]
 
 def mixes(node: fx.Node) -> bool:
     """Whether a node mixes features: what makes a branch a block."""
-    if node.op == "call_module":
+    if "mixes" in node.meta:  # what running a child, or a callable that the forward was given, showed
         return bool(node.meta["mixes"])
     return node.op in ("call_function", "call_method") and vocabulary.is_mixing(node.target)
 
@@ -384,7 +437,9 @@ def mixes(node: fx.Node) -> bool:
 def reads_form(node: fx.Node) -> bool:
     """Whether a node sees a tensor's form and not its values."""
     if node.op == "call_method":
-        return node.target in vocabulary.FORM
+        return node.target in vocabulary.FORM or node.target in vocabulary.LIKE
     if node.target is getattr:
         return node.args[1] in vocabulary.FORM
-    return node.op == "call_function" and node.target in (torch.numel, torch.is_floating_point)
+    return node.op == "call_function" and (
+        node.target in (torch.numel, torch.is_floating_point) or vocabulary.name_of(node.target) in vocabulary.LIKE
+    )

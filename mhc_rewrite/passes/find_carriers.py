@@ -198,7 +198,7 @@ def _chains(candidates: dict[int, _Candidate]) -> dict[int, set[int]]:
 
 
 def _home(recording: Recording, candidate: _Candidate) -> int:
-    """The innermost call that runs the add and everything between the fork and it."""
+    """The innermost call that runs the add and everything between the fork and it, and gets the fork once."""
     forward = {candidate.fork}
     start = recording.producer[candidate.fork].index + 1 if candidate.fork in recording.producer else 0
     between = []
@@ -211,7 +211,11 @@ def _home(recording: Recording, candidate: _Candidate) -> int:
         if any(value in needed for value in operation.outputs):
             needed.update(value for value in operation.inputs if value in forward)
             calls.append(operation.call)
-    return innermost_common([recording.ancestry(call) for call in set(calls)])
+    home = innermost_common([recording.ancestry(call) for call in set(calls)])
+    # A call that was given the fork twice, to read and to add to, can't tell that both are one.
+    while home > 0 and list(recording.calls[home].leaf_values.values()).count(candidate.fork) > 1:
+        home = recording.calls[home].parent
+    return home
 
 
 def _reject(recording: Recording, operation: Operation, rule: str, reason: str) -> Rejection:

@@ -104,7 +104,8 @@ def _carried_by_module(node: fx.Node, first: fx.Node | None, inputs: list[fx.Nod
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [Lift(node, first, "dropout module")]
     if channel_dims := acts_per_token(module, first.meta["shape"], first.meta["dtype"]):
-        return [Lift(node, first, "module", channel_dims=channel_dims)]
+        in_place = any(getattr(part, "inplace", False) for part in module.modules())
+        return [Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)]
     return []
 
 
@@ -202,6 +203,12 @@ def _module(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_d
     return graph.call_function(streams.fold, (graph.get_attr(str(lift.node.target)), *args), kwargs)
 
 
+def _module_in_place(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    """On a copy: streams may share memory, or be a view of an operator's result, which nobody may write to."""
+    own = graph.call_method("clone", (source,), {"memory_format": torch.contiguous_format})
+    return _module(graph, lift, own, mapped, channel_dim)
+
+
 def _dropout_module(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
     module = graph.get_attr(str(lift.node.target))
     return graph.call_function(streams.shared_dropout_module, (module, source, channel_dim))
@@ -232,4 +239,5 @@ _WRITERS = {
     "dropout": _dropout,
     "dropout module": _dropout_module,
     "module": _module,
+    "module in place": _module_in_place,
 }

@@ -62,6 +62,8 @@ class AxisOperation:
 def axis_operation(node: fx.Node, before: tuple[int, ...]) -> AxisOperation | None:
     """What `node` does to the axes of its first tensor, whose shape is `before`; None for anything else."""
     name, rank = vocabulary.name_of(node.target), len(before)
+    if node.target is getattr and node.args[1] == "mT" and rank > 2:
+        return AxisOperation((1,) if rank > 3 else (), False, lambda _: (-2, -1), torch.transpose)
     if name in ("view", "reshape"):
         return _reshape(node, before)
     if name == "getitem":

@@ -95,7 +95,7 @@ def _flatten(value: Any, path: str, key: list[Any], leaves: dict[str, Any]) -> N
             _flatten(item, f"{path}.{name}", key, leaves)
     else:
         leaves[path] = value
-        key.append((path, "object"))
+        key.append((path, "object", type(value).__qualname__))
 
 
 def copied(value: Any) -> Any:

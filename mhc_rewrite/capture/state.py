@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -23,11 +24,15 @@ def undisturbed(*roots: nn.Module) -> Iterator[None]:
     buffers = [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in modules]
     random_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         random.setstate(random_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for owner, name, buffer, value in buffers:
             if not buffer.is_meta:
                 with torch.no_grad():

@@ -53,6 +53,25 @@ LIKE = frozenset(
     "new_zeros new_ones new_empty new_empty_strided new_full new_tensor".split()
 )
 
+# Those that see whether gradients are recorded, which a capture does not know.
+GRADIENT = frozenset({"requires_grad", "is_leaf", "grad_fn"})
+
+# What hands a tensor's memory to code that is not torch's: a graph could not follow it there.
+EXITS = {
+    "numpy": "numpy",
+    "__array__": "numpy",
+    "__array_wrap__": "numpy",
+    "__dlpack__": "DLPack",
+    "__cuda_array_interface__": "another library",
+    "data_ptr": "a pointer",
+    "untyped_storage": "its storage",
+    "storage": "its storage",
+    "share_memory_": "shared memory",
+    "__reduce_ex__": "a pickle",
+    "register_hook": "a hook of autograd",
+    "register_post_accumulate_grad_hook": "a hook of autograd",
+}
+
 # The axis along which an operator mixes or normalises its first tensor.
 LAST_AXIS = frozenset({"linear", "layer_norm", "rms_norm", "matmul"})
 CHANNEL_AXIS = frozenset(

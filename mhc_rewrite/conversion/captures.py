@@ -1,6 +1,7 @@
 """Collects the calls of chosen modules in one run of a model, and captures each kind of call once.
 
-Layers that are alike share a capture: the same class, attributes, structure and kind of call give the same graph.
+Layers that are alike share a capture: of the same class, structure and kind of call, and all that the captured Python
+read says the same in both.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.capture.call import CallShape, as_now, flatten, modules_in
+from mhc_rewrite.capture.graph import ModuleGraph
+from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.capture.trace import ModuleGraph, capture_error, trace
+from mhc_rewrite.capture.trace import capture_error, trace
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
 from mhc_rewrite.torch_private import without_hooks
@@ -43,12 +47,11 @@ class Captures:
         self.inlined = inlined
         self.by_kind: dict[CallKind, Captured | CaptureError] = {}
         self.leaves: dict[CallKind, dict[str, Any]] = {}
-        self._alike: dict[Any, Captured] = {}
+        self._alike: dict[Any, list[Captured]] = {}
 
     def collect(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
         """Runs the model and captures every kind of call of the carriers that it shows for the first time."""
         waiting: list[tuple[CallKind, Any, dict[str, Any]]] = []
-        seen: set[Any] = set()
 
         def before(name: str) -> Callable[..., None]:
             shape = CallShape.of(type(self.model.get_submodule(name)).forward)
@@ -59,10 +62,7 @@ class Captures:
                 kind = CallKind(name, training, key)
                 if kind in self.by_kind or any(kind == other for other, *_ in waiting):
                     return
-                like = (self.likeness(name), training, key)
-                # Only the first of its like is called again, so only it needs its arguments as they are now.
-                waiting.append((kind, like, bound if like in seen or like in self._alike else as_now(bound)))
-                seen.add(like)
+                waiting.append((kind, (self.likeness(name), training, key), as_now(bound)))
                 self.leaves[kind] = {path: _form(value) for path, value in leaves.items()}
 
             return hook
@@ -84,7 +84,8 @@ class Captures:
                 why = "something replaced the instance's forward; remove that wrapper first"
                 self.by_kind[kind] = capture_error(kind.module, carrier, None, why)
                 continue
-            captured = self._alike.get(like)
+            alike = self._alike.setdefault(like, [])
+            captured = next((made for made in alike if holds(carrier, made[0].reads)), None)
             if captured is None:
                 try:
                     captured = capture_forward(
@@ -95,17 +96,15 @@ class Captures:
                     self.by_kind[kind] = error
                     continue
                 if not captured[0].constants:  # objects from elsewhere may belong to this very module
-                    self._alike[like] = captured
+                    alike.append(captured)
             self.by_kind[kind] = captured
 
     def likeness(self, name: str) -> Any:
-        """What a module's graph can depend on. Equal for layers that differ in weights and in their number alone."""
-        carrier = self.model.get_submodule(name)
-        inlined = {self.model.get_submodule(part) for part in self.inlined[name]} | {carrier}
+        """What a module is made of. Layers that are alike share a capture where what it read is the same in both."""
         return tuple(
-            (path, type(module), _attributes(module, module in inlined),
+            (path, type(module), _flags(module),
              tuple((n, tuple(t.shape), t.dtype) for n, t in module.named_parameters(recurse=False)))
-            for path, module in carrier.named_modules()
+            for path, module in self.model.get_submodule(name).named_modules()
         )  # fmt: skip
 
 
@@ -125,12 +124,17 @@ def capture_forward(
     Raises:
         CaptureError: the forward can't be captured.
     """
+    gradients, inlined = torch.is_grad_enabled(), set(inlined)
     called = modules_in(list(bound.values()))  # by way of a callable that the forward is given
     with undisturbed(module, *called), without_hooks(module, *called):
         if module.training is not training:
             module.train(training)
-        graph = trace(module, name, forward or type(module).forward, bound, set(inlined))
-        return graph, find_residuals(graph, module)
+        graph = trace(module, name, forward or type(module).forward, bound, inlined)
+        if gradients and any(read.root is torch.is_grad_enabled for read in graph.reads):
+            with torch.enable_grad():  # it asks: as in the call that it is made for
+                graph = trace(module, name, forward or type(module).forward, bound, inlined)
+        with torch.no_grad():
+            return graph, find_residuals(graph, module)
 
 
 def _form(value: Any) -> Any:
@@ -138,28 +142,15 @@ def _form(value: Any) -> Any:
     return value.new_empty(1).expand(value.shape) if isinstance(value, Tensor) else None
 
 
-def plain_attributes(carrier: nn.Module, inlined: Iterable[str]) -> tuple[tuple[str, str, Any], ...]:
-    """The plain attributes that captured code may have read: (path from the carrier, name, value)."""
-    return tuple(
-        (path, name, value)
-        for path in ("", *inlined)
-        for name, value in _attributes(carrier.get_submodule(path), traced=True)
-        if value is None or isinstance(value, (bool, int, float, str))
-    )
-
-
-def _attributes(module: nn.Module, traced: bool) -> Any:
-    """The attributes that a module's own code names: all of them where the code is captured, flags otherwise."""
+def _flags(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Attributes that a module's own code names and that may change what it does, and not only how much."""
     used = _names_used(type(module))
-    found: list[tuple[str, Any]] = []
-    for name, value in module.__dict__.items():
-        if name.startswith("_") or name not in used or name in _MODES:
-            continue
-        if isinstance(value, (bool, str)) or value is None:
-            found.append((name, value))
-        elif traced:
-            found.append((name, value if isinstance(value, (int, float)) else ("object", id(value))))
-    return tuple(found)
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name in used and not name.startswith("_") and name not in _MODES
+        and (value is None or isinstance(value, (bool, str)))
+    )  # fmt: skip
 
 
 def _names_used(kind: type) -> frozenset[str]:

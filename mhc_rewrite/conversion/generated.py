@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.capture.graph import ModuleGraph
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:

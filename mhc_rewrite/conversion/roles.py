@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture.call import CallShape, describe, flatten
-from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.capture.graph import ModuleGraph
+from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import CarrierWiring
-from mhc_rewrite.conversion.captures import capture_forward, plain_attributes
+from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.errors import StreamError, UnseenCallError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
@@ -89,7 +90,7 @@ class Variant:
     """One rewritten forward: for one kind of call, with the streams coming in and going out in one way.
 
     It holds where `guards` give what is `expected`, the leaves have these `dtypes` and `sizes`, if any are named, and
-    the module has these plain `attributes`, which the captured code may have read.
+    what the captured code read (`captured.reads`) is what it was.
     """
 
     function: Callable[..., Any]
@@ -99,7 +100,6 @@ class Variant:
     outgoing: tuple[int, ...]
     dtypes: tuple[Any, ...] | None
     sizes: tuple[Any, ...] | None
-    attributes: tuple[tuple[str, str, Any], ...]
     captured: ModuleGraph
     rewrite: Rewrite
     sites: tuple[FoundSite, ...]
@@ -185,7 +185,7 @@ class CarrierRole:
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
             if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
                 continue
-            if not _holds(module, variant.attributes) or not _has_dtypes(module, variant.captured.parameter_dtypes):
+            if not holds(module, variant.captured.reads) or not _has_dtypes(module, variant.captured.parameter_dtypes):
                 continue
             if variant.guards is not None or variant.sizes is not None:
                 trunk = self.as_trunk(leaves, arriving, form_only=True)
@@ -259,7 +259,6 @@ class CarrierRole:
             outgoing=rewrite.outgoing,
             dtypes=_dtypes(leaves) if captured.asks_dtype else None,
             sizes=_sizes(leaves) if captured.pinned else None,
-            attributes=plain_attributes(module, self.inlined),
             captured=captured,
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
@@ -322,14 +321,6 @@ def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:
         *(t.dtype for t in tensors),
         *(torch.get_autocast_dtype(d) for d in sorted(autocast) if torch.is_autocast_enabled(d)),
     )
-
-
-def _holds(module: nn.Module, attributes: tuple[tuple[str, str, Any], ...]) -> bool:
-    for path, name, value in attributes:
-        owner = module.get_submodule(path) if path else module
-        if getattr(owner, name) != value:
-            return False
-    return True
 
 
 def _has_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:

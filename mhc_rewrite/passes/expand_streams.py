@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from mhc_rewrite.capture.trace import ModuleGraph, has_effects, is_structure
+from mhc_rewrite.capture.graph import ModuleGraph, has_effects, is_structure
 from mhc_rewrite.passes import lifting
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, Trunk, reads_form
 from mhc_rewrite.passes.lifting import Lift

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from mhc_rewrite.capture import vocabulary
-from mhc_rewrite.capture.trace import ModuleGraph, is_structure
+from mhc_rewrite.capture.graph import ModuleGraph, is_structure
 from mhc_rewrite.passes import lifting
 from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
@@ -429,7 +429,7 @@ def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]
 
 def mixes(node: fx.Node) -> bool:
     """Whether a node mixes features: what makes a branch a block."""
-    if "mixes" in node.meta:  # what running a child, or a callable that the forward was given, showed
+    if "mixes" in node.meta:  # of a child, or of a function whose own calls are not in the graph
         return bool(node.meta["mixes"])
     return node.op in ("call_function", "call_method") and vocabulary.is_mixing(node.target)
 

@@ -133,7 +133,9 @@ SPELLINGS: dict[str, Spelling] = {
         lambda m, x: torch.lerp(x, m.f(x), 0.3), lambda m, u: 0.3 * m.f(u), lambda m, x: 0.7 * x
     ),
     "lerp by a gate": Spelling(
-        lambda m, x: x.lerp(m.f(x), m.gate.sin()), lambda m, u: m.gate.sin() * m.f(u), lambda m, x: (1 - m.gate.sin()) * x
+        lambda m, x: x.lerp(m.f(x), m.gate.sin()),
+        lambda m, u: m.gate.sin() * m.f(u),
+        lambda m, x: (1 - m.gate.sin()) * x,
     ),
     "lerp from the branch": Spelling(
         lambda m, x: torch.lerp(m.f(x), x, 0.7), lambda m, u: 0.3 * m.f(u), lambda m, x: 0.7 * x

@@ -1,0 +1,483 @@
+"""Watches what a forward's Python reads while it is captured, and refuses what can be neither guarded nor read anew.
+
+Reads of attributes are seen by a `__getattribute__` that the classes of the objects get for the time of the capture:
+the carrier and the modules below it first, and then whatever is found by reading. What code names outside of objects,
+globals and closures, is taken from the functions that run, which the profiler's hook shows; it also shows C functions
+that answer differently each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import enum
+import functools
+import gc
+import random
+import sys
+import sysconfig
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_rewrite.capture.call import PLAIN
+from mhc_rewrite.capture.reads import ABSENT, Read, Step, attributes_of, same, value_at
+from mhc_rewrite.capture.values import TRACED
+
+if TYPE_CHECKING:
+    from mhc_rewrite.capture.trace import ModuleTracer
+
+Way = tuple[Any, tuple[Step, ...]]  # (root, steps), as in Read
+
+_OWN_CODE = str(Path(__file__).parents[1]) + "/"
+_TORCH_CODE = str(Path(torch.__file__).parent) + "/"
+_STANDARD = sysconfig.get_paths()["stdlib"] + "/"
+_PACKAGES = sysconfig.get_paths()["purelib"] + "/"
+_PLAIN = (*PLAIN, type(None), enum.Enum, range, slice, type(Ellipsis), torch.Generator)
+_CONTAINERS = (tuple, list, dict, set, frozenset)
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+# How a module is run, not what it computes, or torch's own account of it.
+_UNREAD = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"})
+_HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
+
+# What a forward may ask torch about its surroundings: the same question is asked again at each call.
+_QUESTIONS: dict[Callable[..., Any], tuple[tuple[Any, ...], ...]] = {
+    torch.is_grad_enabled: ((),),
+    torch.is_inference_mode_enabled: ((),),
+    torch.is_autocast_enabled: (("cpu",), ("cuda",)),
+    torch.get_autocast_dtype: (("cpu",), ("cuda",)),
+    torch.is_autocast_cache_enabled: ((),),
+    torch.get_default_dtype: ((),),
+    torch.are_deterministic_algorithms_enabled: ((),),
+    torch.get_float32_matmul_precision: ((),),
+    torch.get_num_threads: ((),),
+    torch.compiler.is_compiling: ((),),
+}
+_ASKED = {getattr(function, "__code__", function): function for function in _QUESTIONS}
+# C functions that answer differently each time: by the type of what they are bound to, or their module, and their name.
+_CLOCKS = frozenset({"time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
+                     "process_time_ns", "thread_time", "thread_time_ns"})  # fmt: skip
+_DATES = frozenset({"now", "today", "utcnow"})
+
+
+def is_machinery(file: str) -> bool:
+    """Whether code of this file is no part of a user's forward: torch's but its modules, this package's, Python's."""
+    if file.startswith(_TORCH_CODE):
+        return not file.startswith(_TORCH_CODE + "nn/modules/") or file.endswith("/module.py")
+    if file.startswith(_STANDARD) and not file.startswith(_PACKAGES):
+        return not file.endswith("/os.py")
+    return file.startswith((_OWN_CODE, "<"))
+
+
+class Watch:
+    """One capture's. `root` and the modules of `paths` are where reading begins."""
+
+    def __init__(self, tracer: ModuleTracer, forward: Callable[..., Any]) -> None:
+        self.tracer, self.root = tracer, tracer.root
+        self.found: dict[Any, Read] = {}
+        self.owners: dict[int, tuple[Way, Any]] = {}
+        self.tensors: dict[int, Way] = {}
+        self.before: list[tuple[Any, Any]] = []  # (object, a shallow copy of what it held)
+        self.patched: dict[Any, Any] = {}
+        self.codes: set[types.CodeType] = set()
+        self.classes: dict[type, Way] = {}
+        self.functions: dict[types.CodeType, list[types.FunctionType]] = {}
+        self.visited: set[int] = set()
+        self.thread = threading.get_ident()
+        self.numpy: str | None = None
+        self.forward = forward
+
+    def __enter__(self) -> Watch:
+        self.outer = sys.getprofile()
+        for module, path in {**self.tracer.paths, self.root: ""}.items():
+            steps = attributes_of(path)
+            self._own(module, (None, steps))
+        self._function(self.forward, None)
+        self.check_numpy(drawn=True)
+        self.resume()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.pause()
+        for kind, before in self.patched.items():
+            if before is None:
+                del kind.__getattribute__
+            else:
+                kind.__getattribute__ = before
+        for thing, held in self.before:
+            if any(type(value) in TRACED for value in _held(thing)):  # no traced value may outlive the capture
+                _put_back(thing, held)
+
+    def resume(self) -> None:
+        sys.setprofile(self._ran)
+
+    def pause(self) -> None:
+        sys.setprofile(self.outer)
+
+    # -- objects -----------------------------------------------------------------------------------------------------
+
+    def _own(self, thing: Any, way: Way) -> None:
+        """From now on its attributes are seen as they are read."""
+        if id(thing) in self.owners:
+            return
+        self.owners[id(thing)] = way, thing
+        kind: Any = type(thing)
+        if not isinstance(thing, nn.Module) and hasattr(thing, "__dict__"):
+            self.before.append((thing, dict(vars(thing))))
+        if kind in self.patched:
+            return
+        if not kind.__flags__ & _HEAP_TYPE or kind.__flags__ & _IMMUTABLE_TYPE or isinstance(thing, type):
+            self._all_of(thing, way)
+            return
+        before = vars(kind).get("__getattribute__")
+        try:
+            kind.__getattribute__ = self._watching(kind.__getattribute__)
+        except TypeError:
+            self._all_of(thing, way)
+        else:
+            self.patched[kind] = before
+
+    def _watching(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def __getattribute__(thing: Any, name: str) -> Any:
+            try:
+                value = original(thing, name)
+            except AttributeError:
+                if self._counts(name):
+                    self._attribute(thing, name, ABSENT)
+                raise
+            if self._counts(name):
+                self._attribute(thing, name, value)
+            return value
+
+        return __getattribute__
+
+    def _counts(self, name: str) -> bool:
+        if self.tracer.shadowing or threading.get_ident() != self.thread:
+            return False
+        if name in _UNREAD or (name[:2] == "__" and name not in ("__class__", "__dict__")):
+            return False
+        return not is_machinery(sys._getframe(2).f_code.co_filename)
+
+    def _attribute(self, thing: Any, name: str, value: Any) -> None:
+        known = self.owners.get(id(thing))
+        if known is None:
+            return
+        root, steps = known[0]
+        if name == "training" and thing is self.root:
+            return  # the mode is part of every key
+        if value is ABSENT and isinstance(thing, nn.Module) and any(
+            name in held for held in (thing._parameters, thing._buffers, thing._modules)
+        ):  # fmt: skip
+            value = getattr(thing, name)
+            if value is not None:
+                return  # a graph reads parameters and children anew
+        on_class = next((vars(base)[name] for base in type(thing).__mro__ if name in vars(base)), None)
+        if isinstance(on_class, (property, functools.cached_property)):
+            return  # its code is seen to run
+        if isinstance(value, _FUNCTIONS):
+            self._function(value, (root, (*steps, ("attr", name))))
+            if name not in getattr(thing, "__dict__", ()):
+                return  # methods are its class
+        self.note((root, (*steps, ("attr", name))), value)
+
+    def _all_of(self, thing: Any, way: Way) -> None:
+        """For what can't be watched: all that it holds counts as read."""
+        root, steps = way
+        for name, value in list(getattr(thing, "__dict__", {}).items()):
+            if not name.startswith("__"):
+                self.note((root, (*steps, ("attr", name))), value)
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def note(self, way: Way, value: Any) -> None:
+        """A value was read there, before the forward changes it."""
+        key = (id(way[0]), way[1])
+        if key in self.found or type(value) in TRACED:
+            return
+        if value is ABSENT or isinstance(value, _PLAIN) or type(value).__module__ == "numpy":
+            if type(value).__module__ == "numpy.random" or hasattr(value, "bit_generator"):
+                self.tracer.refuse(_DRAWS.format("numpy's random"))
+            self._record(key, way, value.copy() if hasattr(value, "tobytes") else value)
+        elif isinstance(value, Tensor):
+            self.tensors.setdefault(id(value), way)
+        elif isinstance(value, nn.Module) and id(value) in self.owners:
+            return
+        elif isinstance(value, _CONTAINERS):
+            self._container(key, way, value)
+        elif isinstance(value, _FUNCTIONS):
+            self._record(key, way, value, identical=True)
+        elif isinstance(value, type):
+            self._record(key, way, value, identical=True)
+            self.classes.setdefault(value, way)
+        elif isinstance(value, types.ModuleType):
+            return
+        elif type(value).__module__.startswith("numpy.random"):
+            self.tracer.refuse(_DRAWS.format("numpy's random"))
+        elif isinstance(value, random.Random):
+            return  # its draws are seen
+        else:
+            self._own(value, way)
+
+    def _record(self, key: Any, way: Way, value: Any, identical: bool = False) -> None:
+        self.found[key] = Read(*way, value, identical)
+
+    def _container(self, key: Any, way: Way, value: Any) -> None:
+        if id(value) in self.visited:
+            return
+        self.visited.add(id(value))
+        root, steps = way
+        if isinstance(value, (list, dict, set)):
+            self.before.append((value, copy.copy(value)))
+        if _is_plain(value):
+            self._record(key, way, copy.deepcopy(value))
+        elif isinstance(value, dict):
+            if all(isinstance(name, _PLAIN) for name in value):
+                self._record((id(root), (*steps, ("keys", None))), (root, (*steps, ("keys", None))), tuple(value))
+            for name, item in list(value.items()):
+                self.note((root, (*steps, ("item", name))), item)
+        elif isinstance(value, (tuple, list)):
+            self._record((id(root), (*steps, ("len", None))), (root, (*steps, ("len", None))), len(value))
+            for index, item in enumerate(list(value)):
+                self.note((root, (*steps, ("item", index))), item)
+        else:
+            self._record(key, way, value, identical=True)
+
+    # -- code --------------------------------------------------------------------------------------------------------
+
+    def _ran(self, frame: types.FrameType, event: str, what: Any) -> None:
+        """The profiler's hook. It is not called for what it does itself."""
+        if self.tracer.shadowing:
+            return
+        if event == "c_call":
+            self._called(frame, what)
+        elif event == "call":
+            code = frame.f_code
+            if code in _ASKED and not is_machinery(frame.f_back.f_code.co_filename if frame.f_back else "<"):
+                self.asked(_ASKED[code])
+            if code not in self.codes and not is_machinery(code.co_filename):
+                self.codes.add(code)
+                self._globals(frame)
+                self._closure(frame)
+
+    def _called(self, frame: types.FrameType, function: Any) -> None:
+        file, name = frame.f_code.co_filename, getattr(function, "__name__", "")
+        owner = getattr(function, "__self__", None)
+        if owner is torch._C and function in _ASKED:
+            if not is_machinery(file):
+                self.asked(function)
+        elif isinstance(owner, random.Random) and name in ("random", "getrandbits"):
+            self.tracer.refuse(_DRAWS.format("Python's random"))
+        elif name in ("urandom", "getrandom") and isinstance(owner, types.ModuleType):
+            self.tracer.refuse(_DRAWS.format("the system's random"))
+        elif is_machinery(file):
+            return
+        elif isinstance(owner, types.ModuleType) and owner.__name__ == "time" and name in _CLOCKS:
+            self.tracer.refuse("it reads the clock, which a graph would do once and for all")
+        elif isinstance(owner, type) and owner.__module__ == "datetime" and name in _DATES:
+            self.tracer.refuse("it reads the clock, which a graph would do once and for all")
+        elif isinstance(owner, types.ModuleType) and owner.__name__ in ("io", "_io") and name == "open":
+            self.tracer.refuse("it reads a file, which a graph would do once and for all")
+
+    def asked(self, function: Callable[..., Any]) -> None:
+        """The forward asked torch about its surroundings."""
+        for arguments in _QUESTIONS[function]:
+            way = function, (("call", arguments),)
+            self._record((id(function), way[1]), way, function(*arguments))
+
+    def _globals(self, frame: types.FrameType) -> None:
+        """What code names outside of itself, as far as plain attribute reads lead."""
+        scope = frame.f_globals
+        module = sys.modules.get(scope.get("__name__", ""))
+        known = module is not None and vars(module) is scope
+        for name, *attributes in _chains(frame.f_code):
+            if name not in scope:
+                continue
+            value = scope[name]
+            way: Way = (module, (("attr", name),)) if known else (scope, (("item", name),))
+            self._follow(way, value, attributes)
+
+    def _follow(self, way: Way, value: Any, attributes: list[str]) -> None:
+        root, steps = way
+        if isinstance(value, types.ModuleType):
+            file = getattr(value, "__file__", None) or "<"
+            environment = value.__name__ == "os" and attributes[:1] == ["environ"]
+            if attributes and hasattr(value, attributes[0]) and (environment or not is_machinery(file)):
+                self._follow((value, (("attr", attributes[0]),)), getattr(value, attributes[0]), attributes[1:])
+        elif isinstance(value, (type, types.FunctionType)):
+            if isinstance(value, types.FunctionType):
+                self._function(value, way)
+            if attributes and attributes[0] in _all_names(value) and not _machinery_of(value):
+                next_value = getattr(value, attributes[0])
+                if not isinstance(next_value, (*_FUNCTIONS, type)):
+                    self._follow((root, (*steps, ("attr", attributes[0]))), next_value, attributes[1:])
+            if isinstance(value, type):
+                self.classes.setdefault(value, way)
+        elif not isinstance(value, _FUNCTIONS) and not _machinery_of(type(value)):
+            self.note(way, value)
+        elif isinstance(value, (_PLAIN, *_CONTAINERS)) or type(value).__module__ == "os":
+            self.note(way, value)
+
+    def _closure(self, frame: types.FrameType) -> None:
+        """The cells of the function that runs: the frame has their values, the function the cells."""
+        names = [name for name in frame.f_code.co_freevars if name != "__class__" and name in frame.f_locals]
+        values = [frame.f_locals[name] for name in names]
+        if not any(_may_change(value) for value in values):
+            return
+        known = self.functions.get(frame.f_code) or [
+            f for f in gc.get_referrers(frame.f_code) if type(f) is types.FunctionType and f.__code__ is frame.f_code
+        ]
+        for function in known:
+            cells = dict(zip(frame.f_code.co_freevars, function.__closure__ or (), strict=True))
+            if all(_content(cells[name]) is value for name, value in zip(names, values, strict=True)):
+                for name, value in zip(names, values, strict=True):
+                    if isinstance(value, types.FunctionType):
+                        self._function(value, None)
+                    elif _may_change(value):
+                        self.note((cells[name], (("attr", "cell_contents"),)), value)
+                return
+
+    def _function(self, function: Any, way: Way | None) -> None:
+        """A function that may run: its cells and its defaults belong to what is read."""
+        if isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType) or id(function) in self.visited:
+            return
+        self.visited.add(id(function))
+        self.functions.setdefault(function.__code__, []).append(function)
+        if is_machinery(function.__code__.co_filename):
+            return
+        for index, value in enumerate(function.__defaults__ or ()):
+            if _may_change(value) and not isinstance(value, _PLAIN):
+                self.note((function, (("attr", "__defaults__"), ("item", index))), value)
+        for name, value in (function.__kwdefaults__ or {}).items():
+            if _may_change(value) and not isinstance(value, _PLAIN):
+                self.note((function, (("attr", "__kwdefaults__"), ("item", name))), value)
+        for cell in function.__closure__ or ():
+            self._function(_content(cell), None)
+        self._function(getattr(function, "__wrapped__", None), None)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def reads(self) -> tuple[Read, ...]:
+        """What was read, for later comparison."""
+        self._class_attributes()
+        return tuple(self.found.values())
+
+    def same(self, way: Way, value: Any) -> None:
+        """This very object has to stand there."""
+        self._record((id(way[0]), way[1]), way, value, identical=True)
+
+    def check_numpy(self, drawn: bool = False) -> None:
+        """Whether numpy's own generator is where it was: no hook sees its draws. `drawn` by a child, which may."""
+        numpy = sys.modules.get("numpy")
+        state = None if numpy is None else repr(numpy.random.get_state(legacy=False))
+        if not drawn and state != self.numpy:
+            self.tracer.refuse(_DRAWS.format("numpy's random"))
+        self.numpy = state
+
+    def changed(self) -> list[Read]:
+        """The reads that are no longer true: the forward itself changed them."""
+        found = []
+        for read in self.found.values():
+            value = value_at(self.root, read.root, read.steps)
+            if not (type(value) is type(read.expected) and (value is read.expected or same(value, read.expected))):
+                found.append(read)
+        return found
+
+    def stored(self) -> bool:
+        """Whether the forward left a traced value in a list, a dict or an object that it read."""
+        return any(type(value) in TRACED for thing, _ in self.before for value in _held(thing))
+
+    def settled(self, reads: list[Read]) -> None:
+        """These come out the same whatever they were: a memo. The capture does not depend on them."""
+        gone = {id(read) for read in reads}
+        self.found = {key: read for key, read in self.found.items() if id(read) not in gone}
+
+    def _class_attributes(self) -> None:
+        """Plain attributes of classes that the code may have asked by way of `type(self)` or another name."""
+        names = {name for code in self.codes for name in _names(code)}
+        for module in (self.root, *self.tracer.inlined):
+            (root, steps), _ = self.owners[id(module)]
+            self.classes.setdefault(type(module), (root, (*steps, ("attr", "__class__"))))
+        for kind, (root, steps) in self.classes.items():
+            for base in kind.__mro__:
+                for name in names & vars(base).keys() if not _machinery_of(base) else ():
+                    if isinstance(vars(base)[name], (_PLAIN, *_CONTAINERS)) and not name.startswith("__"):
+                        self.note((root, (*steps, ("attr", name))), getattr(kind, name))
+
+
+_DRAWS = "it draws from {} numbers, which a graph would do once and for all; draw with torch and compute with the draw"
+
+
+def _all_names(value: Any) -> set[str]:
+    kinds = value.__mro__ if isinstance(value, type) else (value,)
+    return {name for kind in kinds for name in vars(kind)}
+
+
+def _machinery_of(kind: Any) -> bool:
+    """Whether a class or function is torch's or Python's."""
+    module = sys.modules.get(getattr(kind, "__module__", "") or "")
+    return module is not None and is_machinery(getattr(module, "__file__", None) or "<")
+
+
+def _may_change(value: Any) -> bool:
+    return not isinstance(value, (types.ModuleType, type)) and type(value) not in TRACED
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, dict):
+        return depth < 6 and all(_is_plain(k, depth + 1) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, _CONTAINERS):
+        return depth < 6 and all(_is_plain(item, depth + 1) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+def _held(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, dict):
+        return iter(thing.values())
+    return iter(thing if isinstance(thing, (list, set)) else vars(thing).values())
+
+
+def _put_back(thing: Any, held: Any) -> None:
+    if isinstance(thing, list):
+        thing[:] = held
+    elif isinstance(thing, (dict, set)):
+        thing.clear()
+        thing.update(held)
+    else:
+        vars(thing).clear()
+        vars(thing).update(held)
+
+
+@functools.cache
+def _chains(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """The globals that code names, each with the attributes that it reads directly behind."""
+    chains: list[list[str]] = []
+    open_chain = False
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            chains.append([step.argval])
+            open_chain = True
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and open_chain:
+            chains[-1].append(step.argval)
+        elif step.opname not in ("CACHE", "PRECALL", "PUSH_NULL"):
+            open_chain = False
+    return tuple(tuple(chain) for chain in chains)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names of attributes that code mentions, also in quotes."""
+    return {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}

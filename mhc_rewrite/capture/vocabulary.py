@@ -36,6 +36,9 @@ SCALING = frozenset({"mul", "rmul", "imul", "mul_", "truediv", "div", "div_", "i
 DROPOUT = frozenset({"dropout", "dropout_"})
 PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
 
+# Functions of a tensor that leave some of its tokens out, or repeat or add some.
+RESIZING = frozenset("getitem narrow select index_select repeat_interleave pad".split())
+
 # Functions that make a tensor from sizes alone.
 FACTORIES = tuple(
     "arange empty eye full linspace ones rand randint randn randperm tril_indices triu_indices zeros".split()

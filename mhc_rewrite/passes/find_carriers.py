@@ -116,21 +116,28 @@ def _is_feature(dtype: torch.dtype) -> bool:
 
 
 def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) -> tuple[set[int], set[int]]:
-    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates."""
-    seen, todo, before = {start}, [start], set()
+    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates.
+
+    The candidates may have been of another size: a stream goes on behind `x[:, :k]`.
+    """
+    seen, todo, before = {start}, [(start, True)], set()
+    same_size = {start}
     while todo:
-        value = todo.pop()
+        value, same = todo.pop()
         if value in candidates:
             before.add(value)
             continue
         operation = recording.producer.get(value)
         if operation is None or operation.mixing:
             continue
-        for source in operation.inputs:
-            if source not in seen and recording.shapes[source].numel() == recording.shapes[start].numel():
+        resizes = operation.name in vocabulary.RESIZING
+        for source in operation.inputs[:1] if resizes else operation.inputs:
+            kept = same and recording.shapes[source].numel() == recording.shapes[start].numel()
+            if source not in seen and (kept or resizes or recording.shapes[source] == recording.shapes[value]):
                 seen.add(source)
-                todo.append(source)
-    return seen, before
+                todo.append((source, kept))
+                same_size.update({source} if kept else ())
+    return same_size, before
 
 
 def _on_a_part(recording: Recording, candidates: dict[int, _Candidate], add: Operation) -> bool:

@@ -22,7 +22,7 @@ class Layer(nn.Module):
         super().__init__()
         self.operation, self.first = operation, first
         self.norm, self.mlp = nn.LayerNorm(WIDTH), MLP(0.1)
-        mask = torch.rand(2, 1, 4, 4) < 0.7
+        mask = torch.rand(2, 1, 4, 4) < 0.3
         self.register_buffer("mask", mask if first else mask.movedim(1, -1))
         self.register_buffer("kept", torch.tensor([0, 3, 1]))
         self.register_buffer("offset", torch.randn(4, 4 if first else 1))
@@ -66,7 +66,7 @@ CHANNELS_LAST: dict[str, Operation] = {
     "unsqueeze": lambda m, x: x.unsqueeze(-2),
     "unsqueeze and squeeze": lambda m, x: x.unsqueeze(-3).squeeze(-3).unsqueeze(0).squeeze(0),
     "select": lambda m, x: x.select(-2, 1),
-    "x[:, 0]": lambda m, x: x[:, 0],
+    "x[:, k]": lambda m, x: x[:, 1],
     "x[:, :k]": lambda m, x: x[:, : x.shape[1] - 1],
     "x[:, :, -2:]": lambda m, x: x[:, :, -2:, :],
     "x[..., 1:, :]": lambda m, x: x[..., 1:, :],
@@ -82,10 +82,10 @@ CHANNELS_LAST: dict[str, Operation] = {
     "repeat_interleave": lambda m, x: x.repeat_interleave(2, dim=-2),
     "masked_fill": lambda m, x: x.masked_fill(m.mask, 0.0),
     "masked_fill_": masked_in_place,
-    "where": lambda m, x: torch.where(m.mask, x, 0.0),
+    "where": lambda m, x: torch.where(~m.mask, x, 0.0),
     "where, the other": lambda m, x: torch.where(m.mask, torch.zeros_like(x), x),
-    "x.where": lambda m, x: x.where(m.mask, m.offset),
-    "x * mask": lambda m, x: x * m.mask,
+    "x.where": lambda m, x: x.where(~m.mask, m.offset),
+    "x * mask": lambda m, x: x * ~m.mask,
     "clamp": lambda m, x: x.clamp(-1, 1.5),
     "clamp_": clamped_in_place,
     "clamp to a tensor": lambda m, x: torch.clamp(x, min=-m.offset.abs()),
@@ -111,8 +111,8 @@ CHANNELS_FIRST: dict[str, Operation] = {
     "index_select": lambda m, x: torch.index_select(x, -1, m.kept % x.shape[-1]),
     "masked_fill": lambda m, x: x.masked_fill(m.mask, 1.0),
     "masked_fill_": masked_in_place,
-    "where": lambda m, x: torch.where(m.mask[0, 0], x, m.offset),
-    "x * mask": lambda m, x: m.mask * x,
+    "where": lambda m, x: torch.where(~m.mask[0, 0], x, m.offset),
+    "x * mask": lambda m, x: ~m.mask * x,
     "clamp_": clamped_in_place,
     "minus an offset": lambda m, x: x - m.offset,
 }
@@ -123,7 +123,7 @@ def by_hand(model: Unnormed, hand: Streams, x: Tensor) -> Tensor:
     for number, layer in enumerate(model.layers):
         X = hand.site(f"layers.{number}.mhc_0", X, layer.f)
         if number + 1 < len(model.layers):
-            X = hand.each(lambda x, layer=layer: layer.operation(layer, x), X)
+            X = hand.each(lambda x, layer=layer: layer.operation(layer, x.clone()), X)
     return layer.operation(layer, hand.collapse(X))
 
 

@@ -52,6 +52,10 @@ class FoundSite:
     absorbed: set[fx.Node] = field(default_factory=set)
     place: int = 0
 
+    @property
+    def is_difference(self) -> bool:
+        return min(self.scale, *(factor for _, factor in self.branches)) < 0
+
 
 @dataclass(eq=False)
 class Trunk:
@@ -104,7 +108,6 @@ class _Finder:
                 terms = _terms(node)
                 if terms is not None:
                     self._consider(node, *terms)
-        self._drop_inner_differences()
         seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
             source = site.add.meta.get("source") or SourceLine("", 0, "")
@@ -127,6 +130,8 @@ class _Finder:
             for lifts in self._chains(trunk):
                 found = self._site(add, trunk, lifts, branch, scale, factor)
                 if isinstance(found, FoundSite):
+                    if self._drop_inner_differences(found):
+                        return self._consider(add, left, right)  # its branch goes further back now
                     self.sites[add] = found
                     return
                 near = near or found
@@ -280,13 +285,15 @@ class _Finder:
                 return True
         return False
 
-    def _drop_inner_differences(self) -> None:
+    def _drop_inner_differences(self, site: FoundSite) -> bool:
         """`x + g(x - f(x))` is one site: a difference inside of a branch does not take the trunk from it."""
-        for add, site in list(self.sites.items()):
-            minus = min(site.scale, *(factor for _, factor in site.branches)) < 0
-            if minus and any(add in other.region and other.read in site.chain for other in self.sites.values()):
-                self._reject(add, "fork", "a difference inside of the branch of another residual add on the same trunk")
-                del self.sites[add]
+        inner = [
+            self.sites.pop(node) for node in list(site.region)
+            if node in self.sites and self.sites[node].is_difference and site.read in self.sites[node].chain
+        ]  # fmt: skip
+        for other in inner:
+            self._reject(other.add, "fork", "a difference inside of the branch of another residual add on its trunk")
+        return bool(inner)
 
     def _feature_axis(self, read: fx.Node, region: set[fx.Node]) -> int | None:
         """The trunk's axis that the branch mixes or normalises first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -18,12 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.values import TRACED
-from mhc_rewrite.torch_private import inside_function_transform
 
 if TYPE_CHECKING:
     from mhc_rewrite.capture.trace import ModuleTracer
 
-_FUNCTION_KIND = type(torch.autograd.Function)
+_OPAQUE = "_mhc_opaque"
 
 
 def has_traced(*structures: Any) -> bool:
@@ -33,7 +31,50 @@ def has_traced(*structures: Any) -> bool:
 
 def is_opaque(function: Any) -> bool:
     """Whether a function's own torch calls are no part of a capture."""
-    return isinstance(function, torch.jit.ScriptFunction) or type(getattr(function, "__self__", None)) is _FUNCTION_KIND
+    return hasattr(function, _OPAQUE)
+
+
+_opaque_functions: dict[Any, Callable[..., Any]] = {}
+
+
+def _opaque(run: Callable[..., Any], owner: Any) -> Callable[..., Any]:
+    """`run(owner, ...)` as a function that a graph can name, the same one each time."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(owner, *args, **kwargs)
+
+    name: Any = owner.name if isinstance(owner, torch.jit.ScriptFunction) else owner.__name__
+    call.__name__ = call.__qualname__ = name
+    call.__module__ = "mhc_rewrite.opaque"
+    setattr(call, _OPAQUE, True)
+    return _opaque_functions.setdefault(owner, call)
+
+
+@contextlib.contextmanager
+def opaque_calls(seen: Callable[..., Any], inline_checkpoints: bool) -> Iterator[None]:
+    """Inside, this thread's calls of autograd's and TorchScript's functions become `seen(function, args, kwargs)`.
+
+    No torch function tells of them. The function that a checkpoint runs again in backward can be called by itself.
+    """
+    thread = threading.get_ident()
+    apply: Any = torch.autograd.Function.__dict__["apply"].__func__
+    run_script = torch.jit.ScriptFunction.__call__
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return apply(cls, *args, **kwargs)
+        if inline_checkpoints and cls is torch.utils.checkpoint.CheckpointFunction:
+            return args[0](*args[2:])  # (function, whether to keep the random state, *arguments)
+        return seen(_opaque(apply, cls), args, kwargs)
+
+    def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return run_script(function, *args, **kwargs)
+        return seen(_opaque(run_script, function), args, kwargs)
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)), \
+            mock.patch.object(torch.jit.ScriptFunction, "__call__", scripted):  # fmt: skip
+        yield
 
 
 class FunctionMode(TorchFunctionMode):
@@ -49,8 +90,6 @@ class FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             tracer.refuse("it switches gradients on or off inside, which a graph would lose")
-        if inside_function_transform():
-            tracer.refuse("it runs a transform of torch.func (vmap, grad and the like), which a graph can't hold")
         name, kind = vocabulary.name_of(func), getattr(func, "__name__", "")
         if name in vocabulary.FORM and not has_traced(args, kwargs):
             return tracer.reads_form(func, args, kwargs)
@@ -61,12 +100,6 @@ class FunctionMode(TorchFunctionMode):
         if is_tensor_method_or_property(func):
             return tracer.create_proxy("call_method", func.__name__, args, kwargs)
         return tracer.create_proxy("call_function", func, args, kwargs)
-
-
-@functools.cache
-def _apply_of(cls: Any, apply: Callable[..., Any]) -> Any:
-    """`cls.apply` as it is outside of captures."""
-    return types.MethodType(apply, cls)
 
 
 @contextlib.contextmanager
@@ -97,20 +130,9 @@ def calls_seen(tracer: ModuleTracer) -> Iterator[None]:
 
         return call
 
-    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not mine():
-            return apply(cls, *args, **kwargs)
-        if cls is torch.utils.checkpoint.CheckpointFunction:
-            return args[0](*args[2:])  # (function, whether to keep the random state, *arguments)
-        return tracer.create_proxy("call_function", _apply_of(cls, apply), args, kwargs)
+    def opaque(function: Any, args: Any, kwargs: Any) -> Any:
+        return tracer.create_proxy("call_function", function, args, kwargs) if mine() else function(*args, **kwargs)
 
-    def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if not mine():
-            return run_script(function, *args, **kwargs)
-        return tracer.create_proxy("call_function", function, args, kwargs)
-
-    apply: Any = torch.autograd.Function.__dict__["apply"].__func__
-    run_script = torch.jit.ScriptFunction.__call__
     children = {type(module) for module in tracer.paths if module not in tracer.inlined}
     owners = {base for kind in children for base in kind.__mro__ if "__call__" in vars(base)} | {nn.Module}
     factories: dict[str, Any] = {name: factory(getattr(torch, name)) for name in vocabulary.FACTORIES}
@@ -118,7 +140,6 @@ def calls_seen(tracer: ModuleTracer) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch, **factories))
         for owner in owners:
             stack.enter_context(mock.patch.object(owner, "__call__", called(vars(owner)["__call__"])))
-        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)))
-        stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", scripted))
+        stack.enter_context(opaque_calls(opaque, inline_checkpoints=True))
         stack.enter_context(FunctionMode(tracer))
         yield

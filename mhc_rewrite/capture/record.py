@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
+from mhc_rewrite.capture.functions import opaque_calls
 from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.plans import SourceLine
 
@@ -85,6 +86,7 @@ class ModuleCall:
     bound: dict[str, Any]
     inputs: dict[int, int]  # id of a tensor argument -> value at entry
     first: int
+    key: tuple[Any, ...] = ()  # of the bound arguments, at entry
     leaf_values: dict[str, int] = field(default_factory=dict)  # path of a leaf of the bound arguments -> value
     last: int = -1
     outputs: tuple[int | None, ...] = ()  # values of the result's leaves; None for what is no tensor
@@ -175,6 +177,15 @@ class _Recorder(TorchFunctionMode):
         for value in outputs:
             self.recording.producer[value] = operation
 
+    def opaque(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """A function whose own calls need not show: what it makes out of their sight is taken to be mixed."""
+        inputs = tuple(self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        result = function(*args, **kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and id(t) not in self.values]
+        if made and self.stack:
+            self.write(function, inputs, made, True)
+        return result
+
     def enter(self, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         parent = self.stack[-1] if self.stack else -1
@@ -183,7 +194,8 @@ class _Recorder(TorchFunctionMode):
             index=len(self.recording.calls), module=module, name=name, parent=parent, bound=bound,
             inputs={id(t): self.value(t) for t in tensors}, first=len(self.recording.operations),
         )  # fmt: skip
-        call.leaf_values = {p: self.value(v) for p, v in flatten(bound)[1].items() if isinstance(v, Tensor)}
+        call.key, leaves = flatten(bound)
+        call.leaf_values = {path: self.value(v) for path, v in leaves.items() if isinstance(v, Tensor)}
         self.recording.calls.append(call)
         self.stack.append(call.index)
 
@@ -216,7 +228,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
-        with recorder:
+        with opaque_calls(recorder.opaque, inline_checkpoints=False), recorder:
             result = model(*args, **kwargs)
     finally:
         for handle in handles:

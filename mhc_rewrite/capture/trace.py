@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import itertools
 import operator
 import threading
@@ -33,6 +34,7 @@ from mhc_rewrite.capture.values import TRACED, TracedTensor, TracedValue, real
 from mhc_rewrite.capture.watch import Watch, is_machinery
 from mhc_rewrite.errors import CaptureError
 from mhc_rewrite.plans import SourceLine
+from mhc_rewrite.torch_private import inside_function_transform
 
 _COMPARISONS = {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
 # Reads of an object that a call got: a guard may read them again.
@@ -50,10 +52,12 @@ class ModuleTracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.paths = {child: path for path, child in module.named_modules() if path}
         self.tensor_paths = {id(t): path for path, t in (*module.named_parameters(), *module.named_buffers())}
+        self.weights = {child: _ids(child) for child in self.paths}
         self.holders = [""]
         self.holder_call, self.serials = 0, itertools.count(1)
         self.shadowing = False
         self.thread = threading.get_ident()
+        self.transformed = inside_function_transform()
         self.captured = ModuleGraph(name, self.graph)
         self.constants: dict[int, tuple[fx.Node, Any]] = {}
         self.strays: list[Tensor] = []
@@ -78,8 +82,8 @@ class ModuleTracer(fx.Tracer):
         try:
             with self.watch, calls_seen(self):
                 result = forward(self.root, *args, **kwargs)
-                self.watch.check_numpy()
                 self.shadowing = True
+                self.watch.check_numpy()
                 if self.refused is not None:  # the forward's own code may have caught it
                     raise self.refused
                 given_key, given_leaves = flatten(given)
@@ -116,8 +120,8 @@ class ModuleTracer(fx.Tracer):
         """A module call: a node for a child, and part of this capture otherwise."""
         path = self.paths.get(module)
         if path is not None and module not in self.inlined:
-            own = (*module.named_parameters(), *module.named_buffers())
-            if any(type(tensor) in TRACED or id(tensor) not in self.tensor_paths for _, tensor in own):
+            tensors = (*module.parameters(), *module.buffers())
+            if self.weights[module] != _ids(module) or any(type(tensor) in TRACED for tensor in tensors):
                 self.refuse(f"it calls {path!r} with other weights than its own, which a graph would not repeat")
             return self.create_proxy("call_module", path, args, kwargs)
         if original is not _MODULE_CALL:  # a class's own __call__, which ends in the module's
@@ -162,6 +166,9 @@ class ModuleTracer(fx.Tracer):
         with self.as_shadow():  # the tracer's own torch calls are not the forward's
             source = user_line()
             self._check_context(source)
+            if inside_function_transform() is not self.transformed:
+                why = "it runs a transform of torch.func (vmap, grad and the like), which a graph can't hold"
+                self.refuse(why, source)
             where = vocabulary.EXITS.get(target if isinstance(target, str) else getattr(target, "__name__", ""))
             if where is not None and type(args[0]) is TracedTensor:
                 self.refuse(f"it hands a tensor over to {where}, where a graph can't follow", source)
@@ -273,6 +280,11 @@ class ModuleTracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor):
             return self._tensor(a)
+        if isinstance(a, enum.Enum):
+            return self._constant(a)
+        if type(a) is not bool and isinstance(a, (int, float, complex)):  # of numpy, say, which code could not name
+            kind: Any = next(kind for kind in (int, float, complex) if isinstance(a, kind))
+            return kind(a)
         if isinstance(a, (int, float, complex, str, bytes, type(None), torch.dtype, torch.device,
                           torch.layout, torch.memory_format, type(Ellipsis))):  # fmt: skip
             return a
@@ -426,6 +438,10 @@ def capture_error(name: str, module: nn.Module, source: SourceLine | None, why: 
     kind = type(module).__name__
     return CaptureError(f"The forward of {name or 'the model'!r} ({kind}) can't be captured{where}: {why}. "
                         f"{way_out}")  # fmt: skip
+
+
+def _ids(module: nn.Module) -> list[int]:
+    return [id(parameter) for parameter in module.parameters()]
 
 
 def _other_content(bound: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,9 @@ class TracedTensor(_Python, Tensor):  # type: ignore[misc]
         else:
             self.tracer.refuse(f"it assigns to .{name} of a tensor, which a graph would not repeat")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.tracer.create_proxy("call_method", "clone", (self,), {})
+
     @staticmethod
     def of(node: fx.Node, tracer: ModuleTracer, value: Tensor) -> TracedTensor:
         with torch._C.DisableTorchFunctionSubclass():

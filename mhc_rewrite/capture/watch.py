@@ -18,15 +18,16 @@ import sys
 import sysconfig
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.capture.call import PLAIN
 from mhc_rewrite.capture.reads import ABSENT, Read, Step, attributes_of, same, value_at
+from mhc_rewrite.capture.record import source_line
 from mhc_rewrite.capture.values import TRACED
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ _CONTAINERS = (tuple, list, dict, set, frozenset)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 # How a module is run, not what it computes, or torch's own account of it.
 _UNREAD = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"})
+# Types of globals that say nothing of what is computed.
+_UNFOLLOWED = ("torch.", "logging", "typing", "re", "weakref", "_weakref", "abc", "threading", "_thread", "functools")
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
 
 # What a forward may ask torch about its surroundings: the same question is asked again at each call.
@@ -56,9 +59,12 @@ _QUESTIONS: dict[Callable[..., Any], tuple[tuple[Any, ...], ...]] = {
     torch.are_deterministic_algorithms_enabled: ((),),
     torch.get_float32_matmul_precision: ((),),
     torch.get_num_threads: ((),),
+    torch.initial_seed: ((),),
     torch.compiler.is_compiling: ((),),
 }
 _ASKED = {getattr(function, "__code__", function): function for function in _QUESTIONS}
+# What reads or sets the state of torch's random numbers, which a graph would not repeat.
+_RANDOM_STATE = {f.__code__ for f in (torch.get_rng_state, torch.set_rng_state, torch.manual_seed, torch.seed)}
 # C functions that answer differently each time: by the type of what they are bound to, or their module, and their name.
 _CLOCKS = frozenset({"time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
                      "process_time_ns", "thread_time", "thread_time_ns"})  # fmt: skip
@@ -69,9 +75,11 @@ def is_machinery(file: str) -> bool:
     """Whether code of this file is no part of a user's forward: torch's but its modules, this package's, Python's."""
     if file.startswith(_TORCH_CODE):
         return not file.startswith(_TORCH_CODE + "nn/modules/") or file.endswith("/module.py")
+    if file.startswith("<frozen "):
+        return file != "<frozen os>"
     if file.startswith(_STANDARD) and not file.startswith(_PACKAGES):
         return not file.endswith("/os.py")
-    return file.startswith((_OWN_CODE, "<"))
+    return file.startswith((_OWN_CODE, _PACKAGES + "numpy/", "<mhc_rewrite"))
 
 
 class Watch:
@@ -85,6 +93,9 @@ class Watch:
         self.before: list[tuple[Any, Any]] = []  # (object, a shallow copy of what it held)
         self.patched: dict[Any, Any] = {}
         self.codes: set[types.CodeType] = set()
+        self.inner: set[types.CodeType] = (
+            set()
+        )  # of functions that these make: their cells are variables of the forward
         self.classes: dict[type, Way] = {}
         self.functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self.visited: set[int] = set()
@@ -94,6 +105,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.outer = sys.getprofile()
+        self.collects = gc.isenabled()
+        gc.disable()  # its callbacks would run as if the forward had called them
         for module, path in {**self.tracer.paths, self.root: ""}.items():
             steps = attributes_of(path)
             self._own(module, (None, steps))
@@ -104,6 +117,8 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         self.pause()
+        if self.collects:
+            gc.enable()
         for kind, before in self.patched.items():
             if before is None:
                 del kind.__getattribute__
@@ -177,7 +192,7 @@ class Watch:
             if value is not None:
                 return  # a graph reads parameters and children anew
         on_class = next((vars(base)[name] for base in type(thing).__mro__ if name in vars(base)), None)
-        if isinstance(on_class, (property, functools.cached_property)):
+        if isinstance(on_class, property):
             return  # its code is seen to run
         if isinstance(value, _FUNCTIONS):
             self._function(value, (root, (*steps, ("attr", name))))
@@ -227,8 +242,8 @@ class Watch:
         self.found[key] = Read(*way, value, identical)
 
     def _container(self, key: Any, way: Way, value: Any) -> None:
-        if id(value) in self.visited:
-            return
+        if id(value) in self.visited or any(type(item) in TRACED for item in _held(value)):
+            return  # what holds a traced value already was made by the forward
         self.visited.add(id(value))
         root, steps = way
         if isinstance(value, (list, dict, set)):
@@ -257,11 +272,15 @@ class Watch:
             self._called(frame, what)
         elif event == "call":
             code = frame.f_code
-            if code in _ASKED and not is_machinery(frame.f_back.f_code.co_filename if frame.f_back else "<"):
-                self.asked(_ASKED[code])
+            if code in _ASKED or code in _RANDOM_STATE:
+                if frame.f_back is not None and not is_machinery(frame.f_back.f_code.co_filename):
+                    if code in _RANDOM_STATE:
+                        self._refuse(frame, "it reads or sets the state of torch's random numbers")
+                    self.asked(_ASKED[code])
             if code not in self.codes and not is_machinery(code.co_filename):
                 self.codes.add(code)
-                self._globals(frame)
+                self.inner.update(part for part in code.co_consts if isinstance(part, types.CodeType))
+                self._globals(frame, _chains(code))
                 self._closure(frame)
 
     def _called(self, frame: types.FrameType, function: Any) -> None:
@@ -270,18 +289,20 @@ class Watch:
         if owner is torch._C and function in _ASKED:
             if not is_machinery(file):
                 self.asked(function)
+        elif function is globals and not is_machinery(file):
+            self._globals(frame, [(name,) for name in frame.f_globals if name[:2] != "__"])
         elif isinstance(owner, random.Random) and name in ("random", "getrandbits"):
-            self.tracer.refuse(_DRAWS.format("Python's random"))
+            self._refuse(frame, _DRAWS.format("Python's random"))
         elif name in ("urandom", "getrandom") and isinstance(owner, types.ModuleType):
-            self.tracer.refuse(_DRAWS.format("the system's random"))
+            self._refuse(frame, _DRAWS.format("the system's random"))
         elif is_machinery(file):
             return
         elif isinstance(owner, types.ModuleType) and owner.__name__ == "time" and name in _CLOCKS:
-            self.tracer.refuse("it reads the clock, which a graph would do once and for all")
+            self._refuse(frame, "it reads the clock, which a graph would do once and for all")
         elif isinstance(owner, type) and owner.__module__ == "datetime" and name in _DATES:
-            self.tracer.refuse("it reads the clock, which a graph would do once and for all")
+            self._refuse(frame, "it reads the clock, which a graph would do once and for all")
         elif isinstance(owner, types.ModuleType) and owner.__name__ in ("io", "_io") and name == "open":
-            self.tracer.refuse("it reads a file, which a graph would do once and for all")
+            self._refuse(frame, "it reads a file, which a graph would do once and for all")
 
     def asked(self, function: Callable[..., Any]) -> None:
         """The forward asked torch about its surroundings."""
@@ -289,12 +310,20 @@ class Watch:
             way = function, (("call", arguments),)
             self._record((id(function), way[1]), way, function(*arguments))
 
-    def _globals(self, frame: types.FrameType) -> None:
+    def _refuse(self, frame: types.FrameType, why: str) -> NoReturn:
+        """With the line of the user's that led to it."""
+        asks: types.FrameType | None = frame
+        while asks is not None and is_machinery(asks.f_code.co_filename):
+            asks = asks.f_back
+        line = None if asks is None else source_line(asks.f_code.co_filename, asks.f_lineno)
+        self.tracer.refuse(why, line)
+
+    def _globals(self, frame: types.FrameType, chains: Iterable[tuple[str, ...]]) -> None:
         """What code names outside of itself, as far as plain attribute reads lead."""
         scope = frame.f_globals
         module = sys.modules.get(scope.get("__name__", ""))
         known = module is not None and vars(module) is scope
-        for name, *attributes in _chains(frame.f_code):
+        for name, *attributes in chains:
             if name not in scope:
                 continue
             value = scope[name]
@@ -304,7 +333,7 @@ class Watch:
     def _follow(self, way: Way, value: Any, attributes: list[str]) -> None:
         root, steps = way
         if isinstance(value, types.ModuleType):
-            file = getattr(value, "__file__", None) or "<"
+            file = getattr(value, "__file__", None) or "<frozen >"
             environment = value.__name__ == "os" and attributes[:1] == ["environ"]
             if attributes and hasattr(value, attributes[0]) and (environment or not is_machinery(file)):
                 self._follow((value, (("attr", attributes[0]),)), getattr(value, attributes[0]), attributes[1:])
@@ -317,13 +346,15 @@ class Watch:
                     self._follow((root, (*steps, ("attr", attributes[0]))), next_value, attributes[1:])
             if isinstance(value, type):
                 self.classes.setdefault(value, way)
-        elif not isinstance(value, _FUNCTIONS) and not _machinery_of(type(value)):
-            self.note(way, value)
-        elif isinstance(value, (_PLAIN, *_CONTAINERS)) or type(value).__module__ == "os":
+        elif isinstance(value, _FUNCTIONS):
+            self._function(value, way)
+        elif isinstance(value, (Tensor, nn.Module)) or not type(value).__module__.startswith(_UNFOLLOWED):
             self.note(way, value)
 
     def _closure(self, frame: types.FrameType) -> None:
         """The cells of the function that runs: the frame has their values, the function the cells."""
+        if frame.f_code in self.inner:
+            return
         names = [name for name in frame.f_code.co_freevars if name != "__class__" and name in frame.f_locals]
         values = [frame.f_locals[name] for name in names]
         if not any(_may_change(value) for value in values):
@@ -378,7 +409,7 @@ class Watch:
         numpy = sys.modules.get("numpy")
         state = None if numpy is None else repr(numpy.random.get_state(legacy=False))
         if not drawn and state != self.numpy:
-            self.tracer.refuse(_DRAWS.format("numpy's random"))
+            self.tracer.refuse(_DRAWS.format("numpy's random"), None)
         self.numpy = state
 
     def changed(self) -> list[Read]:
@@ -423,7 +454,7 @@ def _all_names(value: Any) -> set[str]:
 def _machinery_of(kind: Any) -> bool:
     """Whether a class or function is torch's or Python's."""
     module = sys.modules.get(getattr(kind, "__module__", "") or "")
-    return module is not None and is_machinery(getattr(module, "__file__", None) or "<")
+    return module is not None and is_machinery(getattr(module, "__file__", None) or "<frozen >")
 
 
 def _may_change(value: Any) -> bool:
@@ -438,6 +469,8 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
+    if type(value) in TRACED:  # which says that it is what it stands for
+        return False
     if isinstance(value, dict):
         return depth < 6 and all(_is_plain(k, depth + 1) and _is_plain(v, depth + 1) for k, v in value.items())
     if isinstance(value, _CONTAINERS):
@@ -447,8 +480,8 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 def _held(thing: Any) -> Iterator[Any]:
     if isinstance(thing, dict):
-        return iter(thing.values())
-    return iter(thing if isinstance(thing, (list, set)) else vars(thing).values())
+        return iter(list(thing.values()))
+    return iter(thing if isinstance(thing, _CONTAINERS) else vars(thing).values())
 
 
 def _put_back(thing: Any, held: Any) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc_rewrite.capture.call import flatten
 from mhc_rewrite.capture.example import further_calls
 from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
@@ -223,7 +222,7 @@ def _link(
 ) -> _Mode:  # fmt: skip
     calls = []
     for call in chosen:
-        captured = captures.by_kind[CallKind(call.name, training, flatten(call.bound)[0])]
+        captured = captures.by_kind[CallKind(call.name, training, call.key)]
         if isinstance(captured, CaptureError):
             if not _matches_module(call.name, config.exclude):
                 raise captured

@@ -29,13 +29,14 @@ class KeepsPrecision(nn.Module):
 
 
 @contextlib.contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside, the forward hooks of a module and all below it do not run: a capture is no call that a user made.
+def without_hooks(*roots: nn.Module) -> Iterator[None]:
+    """Inside, the forward hooks of modules and all below them do not run: a capture is no call that a user made.
 
     Hooks can be removed in public, but only by who holds their handles. Should the attributes go, captures run hooks.
     """
     names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(child, name, getattr(child, name)) for child in module.modules() for name in names]
+    modules = dict.fromkeys(child for root in roots for child in root.modules())
+    kept = [(child, name, getattr(child, name)) for child in modules for name in names]
     try:
         for child, name, _ in kept:
             setattr(child, name, OrderedDict())

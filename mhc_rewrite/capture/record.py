@@ -6,6 +6,8 @@ through code that is never traced, by the identity of the tensors that pass.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,20 +23,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
 from mhc_rewrite.capture.functions import opaque_calls
+from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.plans import SourceLine
 
-_OWN_CODE = str(Path(__file__).parents[1])
-_TORCH_CODE = str(Path(torch.__file__).parent)
+_OWN_CODE = f"{Path(__file__).parents[1]}{os.sep}"
+_TORCH_CODE = f"{Path(torch.__file__).parent}{os.sep}"
+_TORCH_MODULES = f"{Path(nn.__file__).parent / 'modules'}{os.sep}"
 
 
 def user_line() -> SourceLine | None:
-    """The innermost line outside of torch's machinery and this package; lines of `torch.nn.modules` count as code."""
+    """The innermost line of the user's code that is being run."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        machinery = file.startswith(_TORCH_CODE) and not (("/nn/modules/" in file and frame.f_code.co_name[0] != "_")
-                                                          or "/nn/modules/transformer" in file)  # fmt: skip
-        if not machinery and not file.startswith(_OWN_CODE) and not file.endswith("contextlib.py"):
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if is_user_code(file, function):
             return source_line(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -53,6 +55,16 @@ def frames_within(outermost: tuple[CodeType, ...]) -> tuple[Frame, ...]:
             frames.append((file, frame.f_code.co_name, frame.f_lineno or 0, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(reversed(frames))
+
+
+def is_user_code(file: str, function: str) -> bool:
+    """Whether a line is neither torch's machinery nor this package's; what `torch.nn.modules` computes is code.
+
+    A package whose folder's name only begins with torch's is the user's.
+    """
+    if file.startswith(_TORCH_MODULES):
+        return function[0] != "_" or Path(file).name == "transformer.py"
+    return not file.startswith((_TORCH_CODE, _OWN_CODE)) and file != contextlib.__file__
 
 
 def source_line(file: str, line: int) -> SourceLine:
@@ -139,6 +151,7 @@ class _Recorder(TorchFunctionMode):
         self.recording = recording
         self.values: dict[int, int] = {}
         self.stack: list[int] = []
+        self.sums = Sums(lambda structure: structure)
 
     def value(self, tensor: Tensor) -> int:
         known = self.values.get(id(tensor))
@@ -154,10 +167,17 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        plain = self.sums.plain(func, args, kwargs)
+        if plain is not None:
+            with self:
+                return plain()
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         inputs = tuple(self.value(t) for t in tensors)  # before the call, which may change them
         result = func(*args, **kwargs)
-        if inputs and self.stack:
+        self.sums.note(func, args, kwargs, result)
+        if vocabulary.name_of(func) in vocabulary.LIKE:
+            inputs = ()
+        if tensors and self.stack:
             writes = vocabulary.name_of(func) == "setitem"
             results = [args[0]] if writes else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             if not (writes or vocabulary.is_inplace(func, kwargs)):

@@ -14,16 +14,15 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Inside, the module may be run; outside, its buffers, plain attributes and the random states are as before.
+def undisturbed(*roots: nn.Module) -> Iterator[None]:
+    """Inside, modules may be run; outside, their buffers, plain attributes and the random states are as before.
 
     No gradients are recorded. Caches that are passed in as arguments are the caller's to copy.
     """
-    devices = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
-    buffers = [
-        (m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None
-    ]
-    attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in module.modules()]
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    devices = sorted({t.device.index for root in roots for t in root.parameters() if t.device.type == "cuda"})
+    buffers = [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in modules]
     random_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None

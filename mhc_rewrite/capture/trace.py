@@ -25,10 +25,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.children import ChildWatch
-from mhc_rewrite.capture.functions import calls_seen, is_opaque
+from mhc_rewrite.capture.functions import FunctionMode, calls_seen, is_opaque
 from mhc_rewrite.capture.graph import Guard, InlinedCall, ModuleGraph, has_effects, origin
 from mhc_rewrite.capture.reads import attributes_of, same, value_at
 from mhc_rewrite.capture.record import frames_within, source_line, user_line
+from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.capture.values import TRACED, TracedTensor, TracedValue, real
 from mhc_rewrite.capture.watch import Watch, is_machinery
 from mhc_rewrite.errors import CaptureError
@@ -63,6 +64,7 @@ class ModuleTracer(fx.Tracer):
         self.strays: list[Tensor] = []
         self.refused: CaptureError | None = None
         self.kept: list[Any] = []
+        self.sums = Sums(real)
 
     # -- what the forward sees ---------------------------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class ModuleTracer(fx.Tracer):
         if isinstance(value, Tensor):
             # In-place operations must not reach the caller. Gradients are recorded only for who asks about them.
             value = value.detach().requires_grad_(value.requires_grad and torch.is_grad_enabled()).clone()
-        elif not isinstance(value, torch.Generator):
+        elif not isinstance(value, torch.Generator) and not callable(value):
             value = copied(value)  # a cache must not grow
         node = self.graph.placeholder(path.replace(".", "_").replace("*", "args_"))
         node.meta["leaf"] = path
@@ -167,6 +169,10 @@ class ModuleTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         if threading.get_ident() != self.thread:
             self.refuse("it computes in a thread of its own, where a graph can't follow", None)
+        plain = self.sums.plain(target, args, kwargs) if kind != "call_module" else None
+        if plain is not None:
+            with FunctionMode(self):
+                return plain()
         with self.as_shadow():  # the tracer's own torch calls are not the forward's
             source = user_line()
             self._check_context(source)
@@ -177,6 +183,8 @@ class ModuleTracer(fx.Tracer):
             if where is not None and type(args[0]) is TracedTensor:
                 self.refuse(f"it hands a tensor over to {where}, where a graph can't follow", source)
             value, facts = self._shadow(kind, target, args, kwargs)
+            if kind != "call_module":
+                self.sums.note(target, args, kwargs, value)
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in TRACED]
             if isinstance(value, _CONCRETE) and not self._must_stay(kind, target, args, inputs, value, source):
                 self.captured.asks_dtype |= isinstance(value, torch.dtype) or target == "is_floating_point"
@@ -216,15 +224,20 @@ class ModuleTracer(fx.Tracer):
     def _shadow(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """The value on the example, and what running a child showed."""
         real_args, real_kwargs = real(args), real(kwargs)
-        if kind == "call_method":
-            return getattr(real_args[0], target)(*real_args[1:], **real_kwargs), {}
-        if kind == "call_function" and not is_opaque(target):
+        child, run = None, target
+        if kind == "call_module":
+            child = run = self.root.get_submodule(target)
+        elif kind == "call_method":
+            owner, *real_args = real_args
+            run = getattr(owner, target)
+            if isinstance(owner, Tensor) or not callable(owner):
+                return run(*real_args, **real_kwargs), {}
+        elif not is_opaque(target):
             return target(*real_args, **real_kwargs), {}
-        child = self.root.get_submodule(target) if kind == "call_module" else None
         tensors = [t for t in tree_leaves((real_args, real_kwargs)) if isinstance(t, Tensor) and t.dim() >= 2]
         self.watch.check_numpy()
         with ChildWatch(child, tensors) as watch:
-            value = (child or target)(*real_args, **real_kwargs)
+            value = run(*real_args, **real_kwargs)
         self.watch.check_numpy(drawn=True)
         traced = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in TRACED]
         axes = {t.node.name: watch.followed(t.value, value) for t in traced if id(t.value) in watch.followers}

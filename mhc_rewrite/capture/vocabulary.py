@@ -23,15 +23,17 @@ MIXING = CONVOLUTIONS | frozenset(
     "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d".split()
 )
 
-# Element by element, with one tensor: lifted to the streams as they are.
+# Element by element in their first tensor: lifted to the streams as they are. Names in place count too.
 POINTWISE = frozenset(
-    "relu relu6 gelu silu tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu mish softplus clamp clip "
-    "contiguous clone to float double half bfloat16 type type_as neg nan_to_num".split()
+    "relu relu6 gelu silu tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu celu selu mish softplus softsign "
+    "logsigmoid tanhshrink hardshrink softshrink threshold abs exp expm1 log1p sqrt square sign sin cos erf pow "
+    "clamp clamp_min clamp_max clip maximum minimum masked_fill nan_to_num "
+    "contiguous clone detach to float double half bfloat16 type type_as neg negative positive".split()
 )
-# Element by element, with a second operand that may be a tensor.
+# Element by element, with a second operand that may be a tensor. Of `OFFSETS` and products either may be the trunk.
+OFFSETS = ADD | {"sub", "sub_", "isub", "rsub", "subtract"}
 SCALING = frozenset({"mul", "rmul", "imul", "mul_", "truediv", "div", "div_", "itruediv"})
 DROPOUT = frozenset({"dropout", "dropout_"})
-RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
 PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
 
 # Those that a sum of states passes through unharmed: the trunk as a whole goes through, not a block.
@@ -39,12 +41,13 @@ LINEAR = (
     SCALING
     | ADD
     | DROPOUT
-    | RESHAPING
-    | frozenset("contiguous clone to float double half bfloat16 type type_as".split())
+    | frozenset("view reshape flatten unflatten contiguous clone to float double half bfloat16 type type_as".split())
 )
 
 # What takes a part of its first tensor.
 SLICING = frozenset("getitem select narrow unbind split chunk tensor_split split_with_sizes index_select".split())
+# Functions of a tensor that leave some of its tokens out, or repeat or add some.
+RESIZING = frozenset("getitem narrow select index_select repeat_interleave pad".split())
 
 # Functions that make a tensor from sizes alone.
 FACTORIES = tuple(
@@ -55,6 +58,12 @@ FACTORIES = tuple(
 FORM = frozenset(
     "shape dtype device ndim layout is_cuda requires_grad is_leaf size dim numel stride is_floating_point is_complex "
     "get_device element_size nelement __len__ is_contiguous".split()
+)
+
+# Functions that take a tensor's form and none of its values.
+LIKE = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
+    "new_zeros new_ones new_empty new_empty_strided new_full new_tensor".split()
 )
 
 # Those that see whether gradients are recorded, which a capture does not know.
@@ -109,8 +118,10 @@ def counts_by_size(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def is_inplace(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes its result into its first tensor."""
+    """Whether a function writes its result into one of its tensors: the first, or `out`."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     bare = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     augmented = bare in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul")
-    return augmented or (bare.endswith("_") and not bare.endswith("__")) or kwargs.get("inplace") is True
+    if kwargs.get("inplace") is True or kwargs.get("out") is not None:
+        return True
+    return augmented or (bare.endswith("_") and not bare.endswith("__"))

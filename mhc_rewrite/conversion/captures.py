@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.call import CallShape, as_now, flatten
+from mhc_rewrite.capture.call import CallShape, as_now, flatten, modules_in
 from mhc_rewrite.capture.graph import ModuleGraph
 from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import undisturbed
@@ -87,7 +87,9 @@ class Captures:
                 self.by_kind[kind] = capture_error(kind.module, carrier, None, why)
                 continue
             alike = self._alike.setdefault(like, [])
-            captured = next((made for made in alike if holds(carrier, made[0].reads)), None)
+            captured = next(
+                (made for made in alike if holds(carrier, made[0].reads) and _fits(made[0], self.leaves[kind])), None
+            )
             if captured is None:
                 try:
                     captured = capture_forward(
@@ -146,7 +148,8 @@ def capture_forward(
         CaptureError: the forward can't be captured.
     """
     gradients, inlined = torch.is_grad_enabled(), set(inlined)
-    with undisturbed(module), without_hooks(module):
+    called = modules_in(list(bound.values()))  # by way of a callable that the forward is given
+    with undisturbed(module, *called), without_hooks(module, *called):
         if module.training is not training:
             module.train(training)
         graph = trace(module, name, forward or type(module).forward, bound, inlined)
@@ -155,6 +158,18 @@ def capture_forward(
                 graph = trace(module, name, forward or type(module).forward, bound, inlined)
         with torch.no_grad():
             return graph, find_residuals(graph, module, known)
+
+
+def _fits(captured: ModuleGraph, leaves: dict[str, Any]) -> bool:
+    """Whether leaves are of the ranks and dtypes that a capture was made with, and of its sizes if it is pinned."""
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if "leaf" in node.meta and "shape" in node.meta:
+            leaf, shape = leaves[node.meta["leaf"]], node.meta["shape"]
+            if (leaf.dim(), leaf.dtype) != (len(shape), node.meta["dtype"]) or (
+                captured.pinned and leaf.shape != shape
+            ):
+                return False
+    return True
 
 
 def _form(value: Any) -> Any:

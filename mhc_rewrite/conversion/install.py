@@ -34,9 +34,19 @@ _SETTINGS: dict[type, dict[str, Any]] = {nn.TransformerEncoder: {"use_nested_ten
 # -- classes ---------------------------------------------------------------------------------------------------------
 
 
+# Containers that hold an add in a forward of their own: their sites are children, and none of what they contain.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTENTS = ("__iter__", "__len__", "__getitem__", "__contains__", "__reversed__", "keys", "values", "items")
+
+
 @functools.cache
-def converted_class(base: Any) -> type[nn.Module]:
-    """A subclass of `base` with the same name, whose forward asks the module's role."""
+def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
+    """A subclass of `base` with the same name, whose forward asks the module's role.
+
+    Args:
+        base: the module's own class.
+        hides_sites: a container's: what iterates, counts or indexes it does not see the sites among its children.
+    """
     original = base.forward
 
     @functools.wraps(original)
@@ -47,17 +57,34 @@ def converted_class(base: Any) -> type[nn.Module]:
         return role.run(self, original, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (base,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (base, hides_sites), state
 
+    contents = [name for name in _CONTENTS if hides_sites and hasattr(base, name)]
     namespace = {
+        **{name: _contents(base, name) for name in contents},
         "forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__,
         "__doc__": base.__doc__, "_mhc_base": base,
     }  # fmt: skip
     return type(base.__name__, (base,), namespace)
 
 
-def _rebuild(base: Any) -> nn.Module:
-    cls = converted_class(base)
+def _contents(base: Any, name: str) -> Any:
+    """A container's method, run on one like it without sites."""
+    original = getattr(base, name)
+
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any) -> Any:
+        like = base.__new__(base)
+        modules = {key: child for key, child in self._modules.items() if not isinstance(child, HyperConnection)}
+        like.__dict__.update(self.__dict__, _modules=modules)
+        return original(like, *args)
+
+    return method
+
+
+def _rebuild(base: Any, hides_sites: bool) -> nn.Module:
+    cls = converted_class(base, hides_sites)
     return cls.__new__(cls)
 
 
@@ -97,7 +124,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
                     setattr(module, attribute, value)
             module.__dict__[_ROLE] = role
             kind: Any = type(module)
-            module.__class__ = converted_class(kind)
+            module.__class__ = converted_class(kind, _contains_a_site(module))
     except BaseException:
         _restore(model)
         for holder, name in added:
@@ -124,6 +151,11 @@ def _restore(model: nn.Module) -> None:
             module.__class__ = type(module)._mhc_base  # type: ignore[attr-defined]
 
 
+def _contains_a_site(module: nn.Module) -> bool:
+    children = module._modules.values()
+    return isinstance(module, _CONTAINERS) and any(isinstance(child, HyperConnection) for child in children)
+
+
 def _each_site(stream: ResidualStream) -> Iterable[ResidualSite]:
     return dict.fromkeys(stream.sites)
 
@@ -141,11 +173,6 @@ def _of_stream(config: MHCConfig, stream: ResidualStream) -> MHCConfig:
 def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig) -> None:
     holder = model.get_submodule(site.holder)
     name = site.name.rpartition(".")[2]
-    if isinstance(holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise UnsupportedModelError(
-            f"{site.holder or 'The model'!r} holds a residual add ({site.source}) and is a {type(holder).__name__}, "
-            "whose children are its forward: a site can't be one of them. Derive it from nn.Module."
-        )
     if isinstance(getattr(holder, name, None), HyperConnection):  # of a stream before
         raise UnsupportedModelError(
             f"{site.holder or 'The model'!r} runs in two residual streams, since one ends between two of its calls. "
@@ -180,6 +207,9 @@ def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
         mine = {number: scopes[number] for number in wiring.leaves}
         shape = CallShape.of(type(model.get_submodule(name)).forward)
         role(name).carrier = CarrierRole(name, config, wiring, inlined, shape, mine)
+    for holder in dict.fromkeys(site.holder for site in analysis.plan.sites):
+        if _contains_a_site(model.get_submodule(holder)):
+            role(holder)
     for scope in scopes:
         top = scope.stream.scope
         if any(analysis.carriers[name].leaves[scope.number] != [False] for name in _carriers_of(scope.stream)):

@@ -199,7 +199,10 @@ class _Writer:
         if path is None:
             wide = self.graph.call_function(streams.plain_add, (state, branch, run.channel_dim))
         else:
-            wide = self.graph.call_method("post", (self.graph.get_attr(path), state, branch, self.mixes[site.add]))
+            mix = self.mixes[site.add]
+            if site.chain[0].meta["shape"] != site.read.meta["shape"]:
+                mix = self.graph.call_function(streams.in_layout_of, (mix, state, run.channel_dim))
+            wide = self.graph.call_method("post", (self.graph.get_attr(path), state, branch, mix))
         self._mark(wide, "post", run, site.add)
         if site is run.sites[-1] and not run.leaves:
             self.wide[site.add] = wide

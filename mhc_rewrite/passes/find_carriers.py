@@ -114,6 +114,8 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             candidates[operation.outputs[0]] = _Candidate(operation, trunk, reach, fork, branch, before)
             break
         else:
+            if near[0] == "no-ancestor" and _on_a_part(recording, candidates, operation):
+                near = ("part-of-trunk", "the add is on a part of the trunk's tokens; a site writes to all of them")
             rejections.append(_reject(recording, operation, *near))
     return candidates, rejections
 
@@ -127,22 +129,39 @@ def _reach(
 ) -> tuple[set[int], set[int]]:
     """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates.
 
-    With `linear` by operations alone that scale, add or reshape.
+    The candidates may have been of another size: a stream goes on behind `x[:, :k]`. With `linear` by operations alone
+    that scale, add or reshape.
     """
-    seen, todo, before = {start}, [start], set()
+    seen, todo, before = {start}, [(start, True)], set()
+    same_size = {start}
     while todo:
-        value = todo.pop()
+        value, same = todo.pop()
         if value in candidates:
             before.add(value)
             continue
         operation = recording.producer.get(value)
         if operation is None or operation.mixing or (linear and operation.name not in vocabulary.LINEAR):
             continue
-        for source in operation.inputs:
-            if source not in seen and recording.shapes[source].numel() == recording.shapes[start].numel():
+        resizes = operation.name in vocabulary.RESIZING
+        for source in operation.inputs[:1] if resizes else operation.inputs:
+            kept = same and recording.shapes[source].numel() == recording.shapes[start].numel()
+            if source not in seen and (kept or resizes or recording.shapes[source] == recording.shapes[value]):
                 seen.add(source)
-                todo.append(source)
-    return seen, before
+                todo.append((source, kept))
+                same_size.update({source} if kept else ())
+    return same_size, before
+
+
+def _on_a_part(recording: Recording, candidates: dict[int, _Candidate], add: Operation) -> bool:
+    """Whether the sum is written back into what one operand was taken from, as in `x[rows] += f(x[rows])`."""
+    following = recording.operations[add.index + 1 : add.index + 2]
+    if not following or following[0].name != "setitem" or add.outputs[0] not in following[0].inputs:
+        return False
+    whole = following[0].inputs[0]
+    taken = [recording.producer.get(value) for value in add.inputs]
+    parts = [value for value, source in zip(add.inputs, taken, strict=True) if source and whole in source.inputs]
+    reach, _ = _reach(recording, candidates, whole)
+    return any(_fork(recording, candidates, reach, value)[1] for value in add.inputs if parts and value != parts[0])
 
 
 def _fork(
@@ -236,7 +255,7 @@ def _recurrences(recording: Recording, candidates: dict[int, _Candidate]) -> lis
 
 
 def _home(recording: Recording, candidate: _Candidate) -> int:
-    """The innermost call that runs the add and everything between the fork and it."""
+    """The innermost call that runs the add and everything between the fork and it, and gets the fork once."""
     forward = {candidate.fork}
     start = recording.producer[candidate.fork].index + 1 if candidate.fork in recording.producer else 0
     between = []
@@ -249,7 +268,11 @@ def _home(recording: Recording, candidate: _Candidate) -> int:
         if any(value in needed for value in operation.outputs):
             needed.update(value for value in operation.inputs if value in forward)
             calls.append(operation.call)
-    return innermost_common([recording.ancestry(call) for call in set(calls)])
+    home = innermost_common([recording.ancestry(call) for call in set(calls)])
+    # A call that was given the fork twice, to read and to add to, can't tell that both are one.
+    while home > 0 and list(recording.calls[home].leaf_values.values()).count(candidate.fork) > 1:
+        home = recording.calls[home].parent
+    return home
 
 
 def _reject(recording: Recording, operation: Operation, rule: str, reason: str) -> Rejection:

@@ -54,6 +54,10 @@ class FoundSite:
     place: int = 0
     votes: Votes = field(default_factory=Votes)
 
+    @property
+    def is_difference(self) -> bool:
+        return min(self.scale, *(factor for _, factor in self.branches)) < 0
+
 
 @dataclass(eq=False)
 class Trunk:
@@ -230,6 +234,8 @@ class _Finder:
             for lifts in self._likely_chains(trunk):
                 found = self._site(add, trunk, lifts, branch, scale, factor)
                 if isinstance(found, FoundSite):
+                    if self._drop_inner_differences(found):
+                        return self._consider(add, left, right)  # its branch goes further back now
                     self.sites[add] = found
                     return
                 near = near or found
@@ -259,10 +265,16 @@ class _Finder:
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
         if all(node in self.sites or is_linear(node) for node in region):
             return "long-skip", "two states of one trunk are added, without a block between"
+        if min(scale, factor) < 0 and not self._learns(region):
+            return "filter", "a difference to what has no parameters: a filter, such as x - avg_pool(x), not a block"
         if len(reads) > 1:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
             return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
+        moved = next((lift for lift in lifts[: chain.index(read)] if not lift.in_order), None)
+        if moved is not None:
+            what = vocabulary.name_of(moved.node.target)
+            return "moved-tokens", f"{what!r} between the branch's read and the add moves tokens or leaves some out"
         return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region)
 
     def _merge(self, add: fx.Node, trunk: fx.Node, branch: fx.Node, scale: float, factor: float) -> bool:
@@ -303,7 +315,10 @@ class _Finder:
 
     def _lifts(self, node: fx.Node) -> list[Lift]:
         if node not in self.lift_cache:
-            self.lift_cache[node] = lifting.carried(node, self.carrier)
+            lifts = lifting.carried(node, self.carrier)
+            # Streams have memory of their own: what is in place on the trunk may not be read by another name.
+            seen = bool(lifts) and node.meta.get("inplace") and self._alias(node, node.all_input_nodes) is not None
+            self.lift_cache[node] = [] if seen else lifts
         return self.lift_cache[node]
 
     def _sites_between(self, branch: fx.Node, read: fx.Node) -> int:
@@ -365,6 +380,26 @@ class _Finder:
                         return user
         return None
 
+    def _learns(self, region: set[fx.Node]) -> bool:
+        """Whether parameters take part in what a branch computes."""
+        for node in region:
+            module = self.carrier.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if module is not None and next(module.parameters(), None) is not None:
+                return True
+            if any(source.op == "get_attr" for source in node.all_input_nodes) or node.meta.get("on_object"):
+                return True
+        return False
+
+    def _drop_inner_differences(self, site: FoundSite) -> bool:
+        """`x + g(x - f(x))` is one site: a difference inside of a branch does not take the trunk from it."""
+        inner = [
+            self.sites.pop(node) for node in list(site.region)
+            if node in self.sites and self.sites[node].is_difference and site.read in self.sites[node].chain
+        ]  # fmt: skip
+        for other in inner:
+            self._reject(other.add, "fork", "a difference inside of the branch of another residual add on its trunk")
+        return bool(inner)
+
     def _reject(self, add: fx.Node, rule: str, reason: str) -> None:
         holder = ".".join(filter(None, (self.captured.module, add.meta.get("holder", ""))))
         self.rejections.append(Rejection(holder, add.meta.get("source"), rule, reason))
@@ -385,11 +420,15 @@ class _Finder:
             ):
                 previous = None
             on_trunk = site.chain[: site.chain.index(site.read) + 1] if previous is None else site.chain[:-1]
+            if not claimed.isdisjoint(on_trunk) and previous is not None and site.read not in claimed:
+                previous, on_trunk = None, site.chain[: site.chain.index(site.read) + 1]  # a part of it, on its own
+                self._cut(site)
             if not claimed.isdisjoint(on_trunk):
                 forks[site.add] = "fork", "another residual add continues the same trunk"
                 continue
             claimed.update(on_trunk, [site.add])
             if previous is None:
+                self._note_end(site)
                 previous = Trunk([])
                 trunks.append(previous)
             previous.sites.append(site)
@@ -400,6 +439,27 @@ class _Finder:
             self._find_source(trunk, taken)
             self._find_sinks(trunk, leaves)
         return trunks, forks
+
+    @staticmethod
+    def _cut(site: FoundSite) -> None:
+        """Lets a site's trunk begin where its branch reads."""
+        at = site.chain.index(site.read)
+        site.chain, site.lifts = site.chain[: at + 1], site.lifts[:at]
+
+    def _note_end(self, site: FoundSite) -> None:
+        """Says why the stream of an earlier site ends here, where an operation that mixes nothing comes between."""
+        node = site.chain[-1]
+        sources = [source for source in node.all_input_nodes if "shape" in source.meta]
+        if node in self.sites or mixes(node) or reads_form(node):
+            return
+        if any(chain[-1] in self.sites for source in sources for chain in self._ways_back(source)):
+            what = vocabulary.name_of(node.target) if node.op != "call_module" else str(node.target)
+            reason = f"{what!r} stands on the trunk and does not act on every stream alone; the stream ends there"
+            self._reject(node, "trunk-operation", reason)
+
+    def _ways_back(self, node: fx.Node) -> Iterator[list[fx.Node]]:
+        for lifts in self._chains(node):
+            yield [node, *(lift.trunk for lift in lifts)]
 
     def _find_source(self, trunk: Trunk, taken: set[fx.Node]) -> None:
         first = trunk.sites[0]
@@ -492,7 +552,9 @@ def is_linear(node: fx.Node) -> bool:
 def reads_form(node: fx.Node) -> bool:
     """Whether a node sees a tensor's form and not its values."""
     if node.op == "call_method":
-        return node.target in vocabulary.FORM
+        return node.target in vocabulary.FORM or node.target in vocabulary.LIKE
     if node.target is getattr:
         return node.args[1] in vocabulary.FORM
-    return node.op == "call_function" and node.target in (torch.numel, torch.is_floating_point)
+    return node.op == "call_function" and (
+        node.target in (torch.numel, torch.is_floating_point) or vocabulary.name_of(node.target) in vocabulary.LIKE
+    )

@@ -72,10 +72,21 @@ def shared_dropout_module(dropout: nn.Module, streams: Tensor, channel_dim: int)
     return streams * mask.unsqueeze(stream_dim(channel_dim))
 
 
-def reshape_tokens(streams: Tensor, *shape: Any) -> Tensor:
-    """A reshape of the trunk's leading axes that leaves C, the last one, alone."""
+def reshape_tokens(streams: Tensor, channel_dim: int, *shape: Any) -> Tensor:
+    """A reshape of the trunk that leaves C alone: of the axes before it where it is last, of those behind it where it
+    is axis 1."""
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    return streams.reshape(*sizes[:-1], streams.shape[-2], streams.shape[-1])
+    if channel_dim == -1:
+        return streams.reshape(*sizes[:-1], streams.shape[-2], streams.shape[-1])
+    return streams.reshape(*streams.shape[:3], *sizes[2:])
+
+
+def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
+    """What a site's `pre` hands to its `post`, where the trunk's tokens were reshaped between the two."""
+    post, res = mix
+    n = post.shape[-1]
+    tokens = streams.shape[:-2] if channel_dim == -1 else (streams.shape[0], *streams.shape[3:])
+    return type(mix)(post.reshape(*tokens, n), res.reshape(*tokens, n, n))
 
 
 def fold(module: Callable[..., Tensor], streams: Tensor, *args: Any, **kwargs: Any) -> Tensor:

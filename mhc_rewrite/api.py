@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture.call import as_now, describe
-from mhc_rewrite.capture.example import example_call
+from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import importlib
+import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mhc_rewrite.cli.errors import UsageError
 
-HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 4, 512, 16, 128
+HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, SMALL = 4, 4, 512, 16, 128, 8
 MAX_PARAMETERS = 500_000_000
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
@@ -18,6 +21,8 @@ _KV_HEADS = re.compile(r"(^|_)(key_value_heads|kv_heads|head_kv|kv_n_heads)$")
 _EXPERTS = re.compile(r"(^|_)(n|num|moe_num)_(routed_|local_)?experts$")
 _WIDTHS = re.compile(r"((hidden|intermediate)_size|(hidden|embed|proj|ffn|mlp)_dim|_width|n_embd|n_inner)$")
 _WIDTH_NAMES = ("d_model", "d_ff", "dim", "emb_dim", "embedding_size", "ffn_hidden_size")
+_LANGUAGE = r"^(text|language|llm|thinker|decoder|lm)(_config|_model_config)?$"
+_HANDED_OVER = r"^(out|text|llm|language|lm|output)_(hidden_size|hidden_dim|dim|embed_dim|d_model)$"
 _TOKEN_IDS = re.compile(r"_token_(id|index)$")
 _FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
@@ -29,10 +34,10 @@ def small_fields(config: Any, *, shallow: bool = True, narrow: bool = True) -> d
     and every width shrinks in proportion to the heads: relations like `heads * head_dim == expand * hidden_size` hold.
     """
     fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    small: dict[str, Any] = {}
     for name in getattr(type(config), "sub_configs", {}):
         if (sub := getattr(config, name, None)) is not None and hasattr(sub, "to_dict"):
-            fields[name] = small_fields(sub, shallow=shallow, narrow=narrow)
-    small: dict[str, Any] = {k: v for k, v in fields.items() if isinstance(v, dict) and k in config.sub_configs}
+            small[name] = _part(sub, small_fields(sub, shallow=shallow, narrow=narrow))
     for name, value in _numbers(fields):
         if _LAYERS.search(name) and "feat_extract" not in name and shallow:
             small[name] = min(value, LAYERS)
@@ -46,9 +51,32 @@ def small_fields(config: Any, *, shallow: bool = True, narrow: bool = True) -> d
         small["depths"] = [min(depth, 2) for depth in depths]
     if narrow:
         small |= _narrow_fields(config, fields)
+    _agree(small)
     if words := small.get("vocab_size", _words(small)):
         small |= _token_ids(fields, words)
     return small
+
+
+def _part(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
+    """A config inside another as fields: small, and with what the outer one chose for it."""
+    usual = type(config)().to_dict()
+    chosen = {k: v for k, v in config.to_dict().items() if k not in usual or usual[k] != v}
+    sizes = {value: small[name] for name, value in _numbers(config.to_dict()) if _LAYERS.search(name) and name in small}
+    for name, value in chosen.items():
+        if isinstance(value, (list, tuple)) and len(value) in sizes:  # one entry a layer
+            chosen[name] = value[: sizes[len(value)]]
+    return {**chosen, **small, "model_type": config.model_type}
+
+
+def _agree(small: dict[str, Any]) -> None:
+    """The widths at which one part of a config hands over to another."""
+    text = next((part for name, part in small.items() if isinstance(part, dict) and re.search(_LANGUAGE, name)), small)
+    width = next((text[name] for name in ("hidden_size", "d_model", "n_embd") if name in text), None)
+    for part in small.values():
+        if isinstance(part, dict) and part is not text and width is not None:
+            for name in part:
+                if re.search(_HANDED_OVER, name) or (name == "hidden_size" and "embed_dim" in part):
+                    part[name] = width
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -90,6 +118,8 @@ def _narrow_fields(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
         # Left open by default, and some models read them as they are.
         missing = {"head_dim": width // heads, "num_key_value_heads": numerator}
         narrow |= {name: value for name, value in missing.items() if name in fields and fields[name] is None}
+    elif fields.get("head_dim") is None and WIDTH % narrow.get("num_attention_heads", 1):
+        narrow["num_attention_heads"] = HEADS
     return narrow
 
 
@@ -132,7 +162,6 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: an unknown type or option, or a config that the model does not accept.
     """
-    import torch
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -149,20 +178,16 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
     failure: Exception | None = None
     for shallow, narrow in ((True, True), (True, False), (False, True), (False, False)):
         fields = apply_overrides(default, small_fields(default, shallow=shallow, narrow=narrow), overrides)
-        try:
-            config = config_class(**fields)
-            if config.architectures is None:  # a type with several classifiers iterates over it
-                config.architectures = []
-            auto = auto_class(config)
-            with torch.device("meta"):
-                size = sum(p.numel() for p in auto.from_config(config).parameters())
-            if size > MAX_PARAMETERS:
-                raise ValueError(f"it would have {size:,} parameters; make it smaller with --config")
-            return auto.from_config(config).eval()
-        except ModuleNotFoundError:  # the installation, not the config
-            raise
-        except Exception as error:
-            failure = failure or error
+        for _ in range(4):
+            try:
+                return _made(config_class(**fields))
+            except ModuleNotFoundError:  # the installation, not the config
+                raise
+            except Exception as error:
+                failure = failure or error
+                if not (missing := _left_open(default, fields, str(error))):
+                    break
+                fields |= dict.fromkeys(missing, SMALL)
     assert failure is not None
     raise UsageError(
         f"hf:{model_type}: no small model of this type could be built: {_first_line(failure)}. "
@@ -170,9 +195,47 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
     ) from failure
 
 
+def _left_open(default: Any, fields: Mapping[str, Any], message: str) -> list[str]:
+    """Options that an error names and that nobody has given a value: lengths, mostly."""
+    values = {**default.to_dict(), **fields}
+    return [name for name in re.findall(r"`(\w+)`", message) if name in values and values[name] is None]
+
+
+def _made(config: Any) -> Any:
+    import torch
+
+    if config.architectures is None:  # a type with several classifiers iterates over it
+        config.architectures = []
+    make = maker(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make().parameters())
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"it would have {size:,} parameters; make it smaller with --config")
+    return make().eval()
+
+
+def maker(config: Any) -> Callable[[], Any]:
+    """Makes a model of a config, by transformers' Auto classes or, of a part of a larger model, by its own class."""
+    auto = auto_class(config)
+    if auto is not None:
+        return lambda: auto.from_config(copy.deepcopy(config))
+    package = type(config).__module__.replace("configuration_", "modeling_")
+    module = importlib.import_module(package)
+    kinds = [
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind) and getattr(kind, "config_class", None) is type(config) and kind.__module__ == package
+        and not kind.__name__.endswith("PreTrainedModel")
+    ]  # fmt: skip
+    if not kinds:
+        raise ValueError(f"no class of {package} is made from a {type(config).__name__} alone")
+    return lambda: kinds[0](copy.deepcopy(config))
+
+
 def auto_class(config: Any) -> Any:
-    """The transformers Auto class for a config: a language model, an image classifier, else the base model."""
+    """The transformers Auto class for a config: a language model, an image classifier, the base model, else any."""
     import transformers as hf
+    from transformers.models.auto import modeling_auto
 
     order: tuple[Any, ...]
     if getattr(config, "is_encoder_decoder", False):
@@ -182,7 +245,9 @@ def auto_class(config: Any) -> Any:
     else:
         # An encoder such as BERT also has a causal class, which wants is_decoder: the masked one comes first.
         order = (hf.AutoModelForMaskedLM, hf.AutoModelForCausalLM, hf.AutoModelForImageClassification)
-    return next((auto for auto in order if type(config) in auto._model_mapping), hf.AutoModel)
+    others = [auto for name, auto in vars(modeling_auto).items() if name.startswith("Auto") and inspect.isclass(auto)]
+    order = (*order, hf.AutoModel, *(auto for auto in others if hasattr(auto, "_model_mapping")))
+    return next((auto for auto in order if type(config) in auto._model_mapping), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mhc_rewrite.capture.call import flatten
-from mhc_rewrite.capture.example import further_calls
+from mhc_rewrite.capture.examples import further_calls
 from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig

@@ -169,9 +169,9 @@ def _error(got: list[Tensor], want: list[Tensor]) -> float:
         a, b = a.detach().double(), b.detach().double()
         same = (a == b) | (a.isnan() & b.isnan())
         if b.numel() and not bool(same.all()):
-            finite = b[b.isfinite()]
-            difference = (a - b)[~same].abs().max()
-            worst = max(worst, float(difference / finite.abs().max().clamp_min(1e-30)))
+            if not bool((a[~same].isfinite() & b[~same].isfinite()).all()):
+                return float("inf")
+            worst = max(worst, float((a - b)[~same].abs().max() / b[b.isfinite()].abs().max().clamp_min(1e-30)))
     return worst
 
 

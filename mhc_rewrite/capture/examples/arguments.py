@@ -21,9 +21,8 @@ from mhc_rewrite.capture.examples.search import Call, random_generator
 BATCH, LENGTH = 2, 8
 FRAMES, GRID, SAMPLES = 2, 4, 2048
 
-_LEFT_OUT = re.compile(
-    r"labels?$|^(self|args|kwargs)$|past_key_values|cache|^output_|return_|^use_|embeds?$|encoder_outputs|outputs$"
-)
+
+_INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|cache|past_key_values|labels?$(?<!input_labels)")
 
 
 class Arguments:
@@ -32,7 +31,8 @@ class Arguments:
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        self.known = [p.name for p in plain]
+        # What could be given instead of the inputs themselves is left out.
+        self.known = [p.name for p in plain if p.default is p.empty or not _INSTEAD.search(p.name)]
         self.required = [p.name for p in plain if p.default is p.empty]
         self.parts = Parts(model.config)
         tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -54,21 +54,17 @@ class Arguments:
             names.append("decoder_input_ids")
         base = tuple(dict.fromkeys(names))
         further = {
-            "image": r"^(image_)?pixel_values$|^pixel_values_images$|^image_(pixel_values|grid_\w+)$|^flattened_patches$",
+            "image": r"^(image_)?pixel_values(_images)?$|^image_grid_\w+$|^flattened_patches$",
             "audio": r"^(input_features|input_values|input_audio_features|audio_values|audio_input_features)$",
             "text": r"^input_ids$",
             "time": r"^(past_values|past_time_features|past_observed_mask)$",
             "video": r"^pixel_values_videos$|^video_grid_\w+$",
         }
-        has_sub_models = len(self.parts.named) > 1
         more = [
             name
             for name in known
             for kind in modalities
-            if kind in further
-            and re.search(further[kind], name)
-            and (kind != "video" or not has_image(known))
-            and (has_sub_models or kind != "image" or main != "input_ids" or "pixel_values" not in known or True)
+            if kind in further and re.search(further[kind], name) and (kind != "video" or not has_image(known))
         ]
         rich = tuple(dict.fromkeys((*base, *more)))
         starts = [Call(rich), Call(base)] if rich != base else [Call(base)]
@@ -163,10 +159,16 @@ class Arguments:
                 types[ids.cpu() == self._placeholder(modality)] = number
         return [types]
 
+    def image_attention(self, name: str, call: Call) -> list[Any]:
+        return [torch.ones(BATCH, self._length(call), 1, dtype=torch.long)]
+
     # -- images ------------------------------------------------------------------------------------------------------
 
-    def _sizes(self) -> list[tuple[int, int]]:
+    def _sizes(self, name: str = "") -> list[tuple[int, int]]:
         size = self.parts.look("image", "image_size", "img_size", "input_size")
+        if prefix := name.removesuffix("pixel_values"):  # high_res_pixel_values: of high_res_vision_config
+            own = (getattr(part, "image_size", None) for named, part in self.parts.named if named.startswith(prefix))
+            size = next((one for one in own if one is not None), size)
         patch = self._patch()
         if isinstance(size, dict):
             size = (size.get("height", 32), size.get("width", 32))
@@ -200,7 +202,7 @@ class Arguments:
         return _noise(BATCH * frames * height * width, self._channels() * temporal * self._patch() ** 2)
 
     def images(self, name: str, call: Call) -> list[Any]:
-        channels, sizes, patch = self._channels(), self._sizes(), self._patch()
+        channels, sizes, patch = self._channels(), self._sizes(name), self._patch()
         flat = [_noise(BATCH, channels, *size) for size in sizes]
         height, width = self._grid()
         rows = channels * patch**2
@@ -247,9 +249,12 @@ class Arguments:
 
     def pixel_mask(self, name: str, call: Call) -> list[Any]:
         height, width = self._grid()
+        if any(name == other + "_mask" for other in call.names):
+            return self.sound_mask(name, call)
         masks = [torch.ones(BATCH, *size, dtype=torch.long) for size in self._sizes()]
         several = [torch.ones(BATCH, 1, *size, dtype=torch.bool) for size in self._sizes()]
-        return [*masks, torch.ones(BATCH, height * width, dtype=torch.long), *several]
+        tiles = torch.ones(BATCH, 1, dtype=torch.bool)
+        return [*masks, torch.ones(BATCH, height * width, dtype=torch.long), *several, tiles]
 
     def patch_positions(self, name: str, call: Call) -> list[Any]:
         height, width = self._grid()
@@ -285,12 +290,14 @@ class Arguments:
         """Log-mel frames, bins first or last, of the length that the model wants or of any."""
         bins = self.parts.number(
             "audio", "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "feature_dim", "input_dim",
-            "num_mel_filters", "input_size", "mel_bins", default=80,
+            "num_mel_filters", "input_size", "mel_bins", "input_feat_size", default=80,
         )  # fmt: skip
         positions = self.parts.number("audio", "max_source_positions", default=50)
         lengths = list(dict.fromkeys([2 * positions, 64, 100, 128, 3000]))
         first = [_noise(BATCH, bins, length) for length in lengths]
         last = [_noise(BATCH, length, bins) for length in lengths[1:]]
+        if (width := self._first_width("audio|speech|encoder")) not in (None, bins):
+            last += [_noise(BATCH, length, width) for length in lengths[1:3]]
         stacked = [_noise(BATCH, 1, length, bins) for length in lengths[1:3]]
         spec = self.parts.number("audio", "spec_size", default=0)
         if spec:
@@ -363,9 +370,7 @@ class Arguments:
     def hidden(self, name: str, call: Call) -> list[Any]:
         """States of a width that the config names: of the whole, then of its parts."""
         widths: list[int] = []
-        for field in ("hidden_size", "d_model", "dim", "embed_dim", "hidden_dim", "encoder_hidden_size", "latent_dim",
-                      "latent_size", "num_latent_channels", "codebook_dim", "vae_dim", "d_latents", "backbone_hidden_size",
-                      "cross_attention_hidden_size", "projection_dim", "in_channels", "input_dim", "model_in_dim"):  # fmt: skip
+        for field in _WIDTHS:
             for part in (self.parts.config, *(part for _, part in self.parts.named)):
                 value = getattr(part, field, None)
                 if isinstance(value, int) and value > 0:
@@ -374,7 +379,9 @@ class Arguments:
         widths = list(dict.fromkeys([*([first] if first else []), *widths])) or [16]
         flat = [_noise(BATCH, LENGTH, width) for width in widths[:4]]
         side = 8
+        grids = [self.patches()] if any("grid" in other for other in call.names) else []
         return [
+            *grids,
             *flat,
             *(_noise(BATCH, width, LENGTH) for width in widths[:2]),
             *(_noise(BATCH, width, side, side) for width in widths[:2]),
@@ -383,9 +390,11 @@ class Arguments:
             *(_noise(LENGTH * BATCH, width) for width in widths[:1]),
         ]
 
-    def _first_width(self) -> int | None:
-        """What the first layer that has weights takes."""
-        for module in self.model.modules():
+    def _first_width(self, inside: str = "") -> int | None:
+        """What the first layer that has weights takes, of the parts that are named so."""
+        for name, module in self.model.named_modules():
+            if not re.search(inside, name) and any(re.search(inside, other) for other, _ in self.parts.named):
+                continue
             if isinstance(module, nn.Linear):
                 return module.in_features
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -420,12 +429,19 @@ def has_image(known: list[str]) -> bool:
     return any(re.search(r"^(image_)?pixel_values(_images)?$", name) for name in known)
 
 
+_WIDTHS = (
+    "hidden_size", "d_model", "dim", "embed_dim", "hidden_dim", "encoder_hidden_size", "latent_dim", "latent_size",
+    "codebook_dim", "vae_dim", "d_latents", "backbone_hidden_size", "cross_attention_hidden_size", "projection_dim",
+    "in_channels", "input_dim", "model_in_dim",
+)  # fmt: skip
+
 _RULES: tuple[tuple[str, Callable[[Arguments, str, Call], list[Any]]], ...] = (
     (r"labels$(?<!input_labels)", lambda *_: []),
     (r"^(past|future)_(values|time_features|observed_mask)$|^observed_mask$|^past_values_padding$", Arguments.series),
     (r"^static_", Arguments.static),
     (r"grid_(thw|hw|tchw)$|^patches_grid$", Arguments.grid),
-    (r"mm_token_type_ids$|^image_token_type", Arguments.modality_types),
+    (r"mm_token_type_ids$|^image_token_type|_position_mask$|^images?_mask$", Arguments.modality_types),
+    (r"^image_attention_mask$", Arguments.image_attention),
     (r"aspect_ratio_(ids|mask)$", Arguments.aspect_ratios),
     (r"(spatial_shapes|image_sizes|target_sizes)$", Arguments.image_sizes),
     (r"(pixel_position_ids|image_position_ids|pixel_position)$", Arguments.patch_positions),

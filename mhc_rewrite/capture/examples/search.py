@@ -7,12 +7,15 @@ the features want.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import linecache
 import math
 import re
-from collections import deque
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from mhc_rewrite.capture.call import as_now
 from mhc_rewrite.capture.state import undisturbed
 
-TRIALS = 48
+TRIALS, SECONDS = 32, 15.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Call:
 class Supplier(Protocol):
     """What arguments may look like."""
 
-    known: Sequence[str]  # the arguments that the model takes, in the order of its signature
+    known: list[str]  # the arguments that the model takes, in the order of its signature
 
     def candidates(self, name: str, call: Call) -> list[Any]:
         """What `name` may be in a call, likeliest first; empty where nobody knows."""
@@ -55,26 +58,24 @@ def search(model: nn.Module, starts: Sequence[Call], supplier: Supplier) -> tupl
     """Keyword arguments of the first call that runs, or None; and the errors of the calls before it."""
     errors: list[str] = []
     for start in starts:
-        todo, seen = deque([start]), {start.key()}
+        began = time.monotonic()
+        todo: list[tuple[float, int, Call]] = [(0.0, 0, start)]
+        seen = {start.key()}
         for _ in range(TRIALS):
-            if not todo:
+            if not todo or time.monotonic() - began > SECONDS:
                 break
-            call = todo.popleft()
+            cost, _, call = heapq.heappop(todo)
             given = _arguments(call, supplier)
-            if given is None:
-                continue
             failure = attempt(model, (), given)
             if failure is None:
                 return given, errors
             errors.append(f"{type(failure).__name__}: {failure}")
-            mended = [*_mended(call, failure, supplier)]
-            other = [*_other(call, supplier)]
+            further = [*_further(call, given, failure, supplier)]
             failure.__traceback__ = None  # its frames hold the run's tensors
-            for batch, put in ((mended[::-1], todo.appendleft), (other, todo.append)):
-                for further in batch:
-                    if further.key() not in seen:
-                        seen.add(further.key())
-                        put(further)
+            for step, following in further:
+                if following.key() not in seen:
+                    seen.add(following.key())
+                    heapq.heappush(todo, (cost + step, len(seen), following))
     return None, errors
 
 
@@ -89,33 +90,39 @@ def attempt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None
 
 
-def _arguments(call: Call, supplier: Supplier) -> dict[str, Any] | None:
-    given = {}
-    for name in call.names:
-        candidates = supplier.candidates(name, call)
-        number = call.choices.get(name, 0)
-        if number >= len(candidates):
-            return None
-        given[name] = candidates[number]
-    return given
+def _arguments(call: Call, supplier: Supplier) -> dict[str, Any]:
+    return {name: supplier.candidates(name, call)[call.choices.get(name, 0)] for name in call.names}
 
 
-def _mended(call: Call, error: Exception, supplier: Supplier) -> Iterator[Call]:
-    """Calls without what the error names as wrong."""
-    if (count := _wanted_placeholders(call, error)) is not None:
-        yield count
+def _further(
+    call: Call, given: Mapping[str, Any], error: Exception, supplier: Supplier
+) -> Iterator[tuple[float, Call]]:
+    """Calls to try next, with what each costs: little for what the error speaks of."""
+    if (counted := _wanted_placeholders(call, error)) is not None:
+        yield -1.0, counted
         return
     missing = [*_named(str(error), call, supplier), *_none_in_frames(error, call, supplier)]
-    for name in dict.fromkeys(missing):
-        yield replace(call, names=(*call.names, name))
-
-
-def _other(call: Call, supplier: Supplier) -> Iterator[Call]:
-    """The same call with the next candidate of one argument."""
+    for place, name in enumerate(sorted(dict.fromkeys(missing), key=lambda name: name == "attention_mask")):
+        yield place - 1.0, replace(call, names=(*call.names, name))
+    blamed = _blamed(given, error)
     for name in call.names:
         number = call.choices.get(name, 0) + 1
         if number < len(supplier.candidates(name, call)):
-            yield replace(call, choices={**call.choices, name: number})
+            yield 0.2 if name in blamed else 1.0, replace(call, choices={**call.choices, name: number})
+
+
+def _blamed(given: Mapping[str, Any], error: Exception) -> set[str]:
+    """The arguments that the innermost failing function holds, of those that any does, and those of a named shape."""
+    message = re.sub(r"\s", "", str(error))
+    shaped = {name: str(list(value.shape)) for name, value in given.items() if isinstance(value, Tensor)}
+    named = {name for name, shape in shaped.items() if "," in shape and shape.replace(" ", "") in message}
+    held: set[str] = set()
+    for frame, _ in _frames(error):
+        values = list(frame.f_locals.values())
+        mine = {name for name, value in given.items() if any(value is one for one in values)}
+        if 0 < len(mine) < len(given):
+            held = mine
+    return named or held
 
 
 def _suppliable(name: str, call: Call, supplier: Supplier) -> bool:
@@ -133,13 +140,8 @@ def _named(message: str, call: Call, supplier: Supplier) -> list[str]:
 
 def _none_in_frames(error: Exception, call: Call, supplier: Supplier) -> Iterator[str]:
     """Arguments that are None in the lines that failed, innermost first; an inner name may be the end of one."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame, trace.tb_lineno))
-        trace = trace.tb_next
-    for frame, line in reversed(frames):
-        text = linecache.getline(frame.f_code.co_filename, line)
+    for frame, lines in reversed(_frames(error)):
+        text = " ".join(linecache.getline(frame.f_code.co_filename, line) for line in lines)
         for word in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", text)):
             if word in frame.f_locals and frame.f_locals[word] is None:
                 for name in supplier.known:
@@ -148,18 +150,36 @@ def _none_in_frames(error: Exception, call: Call, supplier: Supplier) -> Iterato
                         break
 
 
+def _frames(error: Exception) -> list[tuple[FrameType, range]]:
+    """The frames that the error came through, outermost first, each with the lines of the call that failed."""
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        code, first = trace.tb_frame.f_code, trace.tb_lineno
+        last = first
+        if hasattr(code, "co_positions"):  # Python 3.11
+            position = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None), (None, None))
+            last = max(first, position[1] or first)
+        frames.append((trace.tb_frame, range(first, min(last, first + 20) + 1)))
+        trace = trace.tb_next
+    return frames
+
+
 def _wanted_placeholders(call: Call, error: Exception) -> Call | None:
     """The call with as many placeholder tokens as there are features, where the error counts both."""
-    found = re.search(r"tokens\W+(\d+)\D+features\W+(?:torch\.Size)?\D*(\d+)", str(error))
+    message = str(error)
+    found = re.search(r"tokens\W+(\d+)\D+features\D*(\d+)", message)
     if found is None:
-        found = re.search(r"tokens \((\d+)\) and features \((\d+)\)", str(error))
-    if found is None:
+        found = re.search(r"tokens \((\d+)\) and features \((\d+)\)", message)
+    if found is not None:
+        tokens, features = int(found[1]), int(found[2])
+    elif found := re.search(r"value tensor of shape \[(\d+),.*indexing result of shape \[(\d+),", message):
+        features, tokens = int(found[1]), int(found[2])  # features put in at a mask
+    else:
         return None
-    tokens, features = int(found[1]), int(found[2])
-    kind = re.search(r"image|video|audio", str(error).lower())
+    kind = re.search(r"image|video|audio", message.lower())
     name = kind[0] if kind else "image"
-    counted = [*_counted_features(error, name), features]
-    for count in counted:
+    for count in (*_counted_features(error, name), features):
         if count != tokens and call.placeholders.get(name) != count:
             return replace(call, placeholders={**call.placeholders, name: count})
     return None
@@ -167,18 +187,11 @@ def _wanted_placeholders(call: Call, error: Exception) -> Call | None:
 
 def _counted_features(error: Exception, kind: str) -> Iterator[int]:
     """How many features the function that complained had: some messages give another number than was compared."""
-    trace = error.__traceback__
-    while trace is not None:
-        for name, value in trace.tb_frame.f_locals.items():
-            if (
-                name.endswith("features")
-                and isinstance(value, Tensor)
-                and value.is_floating_point()
-                and value.dim() > 1
-            ):
-                if kind in name or name == "features":
+    for frame, _ in _frames(error):
+        for name, value in frame.f_locals.items():
+            if name == "features" or (kind in name and name.endswith("features")):
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
                     yield math.prod(value.shape[:-1])
-        trace = trace.tb_next
 
 
 def random_generator() -> torch.Generator:

@@ -35,6 +35,7 @@ _HANDED_OVER = re.compile(
 )
 _TO_LANGUAGE = re.compile(r"^(out|output|text|llm|language|lm)_(hidden_size|hidden_dim|dim|embed_dim|d_model)$")
 _TOKEN_IDS = re.compile(r"_token_(id|index)$")
+_STAGES = ("depths", "hidden_sizes")
 _PLACEHOLDERS = re.compile(r"^(image|video|audio)_token_(id|index)$")
 _FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
@@ -69,6 +70,8 @@ def small_fields(config: Any, *, shallow: bool = True, heads: int | None = HEADS
         small["vocab_size"] = VOCABULARY
     if fields.get("num_experts_per_tok", 0) is None:
         small["num_experts_per_tok"] = 2
+    if shallow and _one_size(fields):
+        small["image_size"] = min(fields["image_size"], 4 * fields["patch_size"])
     if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
         small["depths"] = [min(depth, 2) for depth in depths]
     if heads is not None:
@@ -77,6 +80,12 @@ def small_fields(config: Any, *, shallow: bool = True, heads: int | None = HEADS
     if words := small.get("vocab_size", _words(small)):
         small |= _token_ids(fields, words)
     return small
+
+
+def _one_size(fields: Mapping[str, Any]) -> bool:
+    """Whether a picture is cut into patches once: a pyramid needs a size that it can halve."""
+    sizes = (fields.get("image_size"), fields.get("patch_size"))
+    return all(isinstance(size, int) for size in sizes) and not any(name in fields for name in _STAGES)
 
 
 def _depth(config: Any, fields: Mapping[str, Any]) -> int:
@@ -139,8 +148,7 @@ def _words(small: Mapping[str, Any]) -> int | None:
 def _narrow_fields(config: Any, fields: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Heads and widths; none for a pyramid, whose widths and heads are lists: those are small enough."""
     aliases = getattr(config, "attribute_map", {})
-    stages = ("depths", "hidden_sizes", "num_heads", "embed_dim")
-    if any(isinstance(fields.get(name), (list, tuple)) for name in stages):
+    if any(isinstance(fields.get(name), (list, tuple)) for name in (*_STAGES, "num_heads", "embed_dim")):
         return {}
     width = fields.get(aliases.get("hidden_size", "hidden_size"))
     heads = fields.get(aliases.get("num_attention_heads", "num_attention_heads"), fields.get("num_heads"))
@@ -148,7 +156,7 @@ def _narrow_fields(config: Any, fields: Mapping[str, Any], most: int) -> dict[st
         return {}
     if isinstance(heads, int) and heads > 1 and width % heads == 0:
         # Two heads rather than four where one head alone is wide, as in Gemma.
-        numerator, denominator = min(heads, most if width // heads <= WIDTH or most != HEADS else 2), heads
+        numerator, denominator = min(heads, most if width // heads <= WIDTH else most // 2), heads
     else:
         heads, numerator, denominator = None, WIDTH, width
     narrow: dict[str, Any] = {}
@@ -254,7 +262,7 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
 
 
 # Whether there are fewer layers, and how many heads: the first that gives a model that runs.
-_WAYS = ((True, HEADS), (True, HEADS + 2), (True, None), (False, HEADS), (False, None))
+_WAYS = ((True, HEADS), (True, HEADS + 2), (True, 2 * HEADS), (True, None), (False, HEADS), (False, None))
 
 
 def _runs(model: Any) -> bool:

@@ -90,7 +90,8 @@ class Arguments:
 
     def tokens(self, name: str, call: Call) -> list[Any]:
         kind = "text"
-        vocabulary = self.parts.number(kind, "vocab_size", "decoder_vocab_size", "num_tokens", default=8)
+        # The parts may have vocabularies of their own.
+        vocabulary = min(self.parts.all("vocab_size") or [self.parts.number(kind, "num_tokens", default=8)])
         codebooks = self.parts.number("text", "num_codebooks", "n_codebooks", "audio_channels", default=0)
         if "decoder" in name:
             length = LENGTH // 2

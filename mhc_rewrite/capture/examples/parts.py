@@ -48,6 +48,11 @@ class Parts:
                     return value
         return default
 
+    def all(self, field: str) -> list[int]:
+        """The positive numbers that the parts have for a field."""
+        values = (getattr(part, field, None) for _, part in self.named)
+        return [value for value in values if isinstance(value, int) and value > 0]
+
     def matching(self, pattern: str) -> dict[str, int]:
         """All whole numbers whose names match, of the whole config before its parts."""
         found: dict[str, int] = {}

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -265,9 +266,11 @@ class ModuleTracer(fx.Tracer):
         return mock.patch.multiple(torch, **patched)
 
     def _module_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        here = threading.get_ident()
+
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             path = self.paths.get(module)
-            if self.shadowing:
+            if self.shadowing or threading.get_ident() != here:
                 return original(module, *args, **kwargs)
             if path is None or module in self.inlined:
                 self.holders.append(path if path is not None else self.holders[-1])

@@ -70,14 +70,17 @@ def examine(build: Callable[[], nn.Module], row: dict[str, Any]) -> None:
     row["inputs"] = {str(name): _form(value) for name, value in (*enumerate(args), *kwargs.items())}
     original = copy.deepcopy(model)
     run = sweep_oracle.Run(original, args, kwargs)
-    row["adds"] = len(run.residuals())
+    residuals = run.residuals()
+    row["adds"] = len(residuals)
     began = time.monotonic()
     try:
         planned = plan(model)
         row["sites"], row["streams"] = len(planned.sites), len(planned.streams)
         mhcify(model)
     except NoResidualError as error:
-        raise Broken("no residual" if row["adds"] < 2 else "refused", _first_line(error)) from error
+        raise Broken(
+            "refused" if any(one.length > 1 for one in residuals) else "no residual", _first_line(error)
+        ) from error
     except MHCError as error:
         raise Broken("refused", f"{type(error).__name__}: {_first_line(error)}") from error
     finally:
@@ -135,7 +138,7 @@ def _perturbed(run: Any, model: nn.Module, plan: Any, args: Any, kwargs: Any) ->
         return None, None, "the perturbed model is not finite"
     try:
         parameters = {name: oracle.site_params(named, name) for name in names}
-        want = sweep_oracle.tensors_of(run.replay(plan.sites, parameters, plan.config.n_streams, 1e-6))
+        want = sweep_oracle.tensors_of(run.replay(plan.streams, parameters, plan.config.n_streams, 1e-6))
     except sweep_oracle.Unclear as error:
         return None, None, f"not held against the oracle: {error}"
     error = _error(got, want)

@@ -68,6 +68,7 @@ class Residual:
     branches: list[int]
     sum: int
     absorbed: set[int] = field(default_factory=set)
+    length: int = 1  # of the chain of adds, each on the one before, that ends here
 
 
 class Run(TorchFunctionMode):
@@ -155,6 +156,8 @@ class Run(TorchFunctionMode):
             for value in op.outputs:
                 self.above[value], self.mixed[value] = above, mixed
             if residual := self._residual(number, op, found, users):
+                before = [found[value].length for value in self._near(residual.trunk, found) if value in found]
+                residual.length = 1 + max(before, default=0)
                 found[residual.sum] = residual
         return list(found.values())
 
@@ -200,13 +203,15 @@ class Run(TorchFunctionMode):
 
     # -- n streams ---------------------------------------------------------------------------------------------------
 
-    def replay(self, sites: Sequence[Any], parameters: Mapping[str, oracle.Params], n: int, eps: float) -> Any:
-        """The result with n streams at the sites of a plan, which tell their name, holder, source and channel axis.
+    def replay(self, streams: Sequence[Any], parameters: Mapping[str, oracle.Params], n: int, eps: float) -> Any:
+        """The result with n streams at the sites of a plan's streams; a site tells its name, holder, source and axis.
 
         Raises:
             Unclear: the list does not say which add a site is, or what its trunk is.
         """
-        return _Replay(self, self._matched(sites), parameters, n, eps).run()
+        of_stream = {site.name: number for number, stream in enumerate(streams) for site in stream.sites}
+        matched = self._matched([site for stream in streams for site in stream.sites])
+        return _Replay(self, matched, of_stream, parameters, n, eps).run()
 
     def _matched(self, sites: Sequence[Any]) -> dict[int, tuple[Residual, Any]]:
         """The residual of each site by the number of its op; a holder that is called again has its sites again."""
@@ -239,12 +244,13 @@ class _Replay:
         self,
         run: Run,
         sites: dict[int, tuple[Residual, Any]],
+        of_stream: Mapping[str, int],
         parameters: Mapping[str, oracle.Params],
         n: int,
         eps: float,
     ) -> None:
         self.run_, self.sites, self.parameters, self.n, self.eps = run, sites, parameters, n, eps
-        self.sums = {residual.sum: residual for residual, _ in sites.values()}
+        self.sums = {residual.sum: of_stream[site.name] for residual, site in sites.values()}
         self.values: dict[int, Tensor] = {}
         self.streams: dict[int, list[Tensor]] = {}  # of values on a trunk
         self.lifted: set[int] = set()  # ops that run once a stream
@@ -254,9 +260,9 @@ class _Replay:
         self.read_point: dict[int, int] = {}
         self.skipped = {run.producer[value] for residual, _ in sites.values() for value in residual.absorbed}
         for op, (residual, _) in sorted(sites.items()):
-            self._plan(op, residual)
+            self._plan(op, residual, of_stream[sites[op][1].name])
 
-    def _plan(self, op: int, residual: Residual) -> None:
+    def _plan(self, op: int, residual: Residual, stream: int) -> None:
         """Where the block of a site reads its trunk, and which ops stand on the trunk before its add."""
         run = self.run_
         chain, steps = [residual.trunk], []
@@ -283,13 +289,14 @@ class _Replay:
         if not points:
             raise Unclear("a block that reads no trunk")
         point = points[0]
-        if len(points) > 1 and chain[-1] in self.sums:
+        goes_on = self.sums.get(chain[-1]) == stream
+        if len(points) > 1 and goes_on:
             raise Unclear("a block that reads its trunk at two points")
         self.read_point[op] = point
         for reader in readers[point]:
             self.reads[reader, point] = op
         at = chain.index(point)
-        if chain[-1] in self.sums:
+        if goes_on:
             self.lifted.update(steps)
         else:
             self.begins[point] = op

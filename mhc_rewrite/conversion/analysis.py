@@ -5,6 +5,7 @@ Nothing here changes the model.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import defaultdict
 from collections.abc import Callable
@@ -134,7 +135,8 @@ def analyse(
     _check_dtypes(plan)
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
-            captures.collect(more_args, more_kwargs, mode.training)
+            with contextlib.suppress(Exception):  # this model is not called so, or not on this device
+                captures.collect(more_args, more_kwargs, mode.training)
     wiring = _wire(modes, streams, kept, repeated, captures.inlined)
     return Analysis(plan, wiring, captures, {mode.training: mode.result for mode in modes})
 

@@ -66,6 +66,17 @@ def decompose_in_compiled_graphs(
     operator.register_torch_dispatch(FunctionalTensorMode, rule)
 
 
+def never_an_input_of_graphs(kind: type[Tensor]) -> None:
+    """Makes Dynamo take tensors of this class that reach a frame for Python objects, whose attributes it reads.
+
+    As tensors they would be inputs of graphs, which run as if no class had another view of their memory. Should the
+    setting go, layers that are compiled one by one fail, and tests/test_readers.py first.
+    """
+    from torch._dynamo import config
+
+    config.nontraceable_tensor_subclasses.add(kind)
+
+
 def inside_function_transform() -> bool:
     """Whether `torch.func.grad`, `vmap` or the like is being traced, which custom operators have no rules for.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -301,15 +300,6 @@ REFUSALS = {
         lambda: TypedStack(torch.complex64, torch.complex64), UnsupportedModelError,
         (line(TypedBlock.forward, "return"), "complex64", "torch.float32"),
         inputs=features(torch.complex64)),
-    "config.layerdrop": Refusal(lambda: with_attributes(stack(), config=SimpleNamespace(layerdrop=0.1)),
-                                UnsupportedModelError,
-                                ("config.layerdrop=0.1", "Set config.layerdrop=0.0")),
-    "config.decoder_layerdrop": Refusal(
-        lambda: with_attributes(stack(), config=SimpleNamespace(layerdrop=0.0, decoder_layerdrop=0.2)),
-        UnsupportedModelError,
-        ("config.decoder_layerdrop=0.2", "Set config.decoder_layerdrop=0.0")),
-    "model.layerdrop": Refusal(lambda: with_attributes(stack(), layerdrop=0.1), UnsupportedModelError,
-                               ("layerdrop=0.1", "Set layerdrop=0.0")),
     "adds in a Sequential": Refusal(
         lambda: Stack(Block(), Holder(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))), UnsupportedModelError,
         ("'layers.1'", line(Holder.forward, "x + layer(x)"), "Derive it from nn.Module")),

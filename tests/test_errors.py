@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,6 @@ from refusals import (
     features,
     line,
     stack,
-    with_attributes,
 )
 
 # -- as it was -------------------------------------------------------------------------------------------------------
@@ -158,11 +156,6 @@ def test_one_stream_is_left_alone() -> None:
     with untouched(model), pytest.warns(UserWarning, match="n_streams=1.*nothing was rewritten"):
         assert mhcify(model, features(), n_streams=1) is model
     assert mhcify(model, features(), n_streams=2) is model  # not taken to be converted
-
-
-def test_layers_that_are_dropped_may_be_set_to_zero() -> None:
-    model = with_attributes(stack(), config=SimpleNamespace(layerdrop=0.0, encoder_layerdrop=0))
-    assert len(report(mhcify(model, features())).plan.sites) == 3
 
 
 def test_min_sites_says_how_many_there_are() -> None:

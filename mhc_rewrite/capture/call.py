@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType
@@ -18,6 +19,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from mhc_rewrite.capture.state import alone
 
 PLAIN = (
     bool,
@@ -100,7 +103,12 @@ def _flatten(value: Any, path: str, key: list[Any], leaves: dict[str, Any]) -> N
 
 def copied(value: Any) -> Any:
     """A copy of an object such as a cache, its tensors without their autograd history."""
-    with mock.patch.object(Tensor, "__deepcopy__", lambda tensor, memo: tensor.detach().clone()):
+    here, original = threading.get_ident(), Tensor.__deepcopy__
+
+    def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
+        return tensor.detach().clone() if threading.get_ident() == here else original(tensor, memo)
+
+    with alone(), mock.patch.object(Tensor, "__deepcopy__", deepcopy):
         return copy.deepcopy(value)
 
 

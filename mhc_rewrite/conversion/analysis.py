@@ -5,6 +5,7 @@ Nothing here changes the model.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc_rewrite.capture.example import further_calls
+from mhc_rewrite.capture.examples import further_calls
 from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
@@ -69,16 +70,12 @@ class Analysis:
         plan: the plan.
         carriers: wiring by carrier name.
         captures: the captured forwards, by kind of call.
-        readers: stream number -> modules that read the mean of its trunk.
-        may_end_early: streams whose last layers may be skipped.
         results: what the model returned on the example, per mode.
     """
 
     plan: RewritePlan
     carriers: dict[str, CarrierWiring]
     captures: Captures
-    readers: dict[int, set[str]]
-    may_end_early: set[int]
     results: dict[bool, Any]
 
 
@@ -160,8 +157,6 @@ def _planned(
     streams: list[ResidualStream] = []
     kept: list[tuple[SiteRef, ...]] = []
     repeated: list[set[str]] = []
-    readers: dict[int, set[str]] = {}
-    may_end_early: set[int] = set()
     for chain, linked in chains:
         chosen = [replace(sites[ref], excluded=not _wanted(sites[ref], config, filter_fn)) for ref in chain]
         included = [i for i, site in enumerate(chosen) if not site.excluded]
@@ -172,14 +167,10 @@ def _planned(
         part = slice(included[0], included[-1] + 1)
         outside = [*chosen[: part.start], *chosen[part.stop :]]
         rejections += [Rejection(s.holder, s.source, "excluded", "excluded, at the end of a stream") for s in outside]
-        number = len(streams)
         kept.append(chain[part])
         called = [segment.call.name for segment in linked.segments]
         repeated.append({name for name in called if called.count(name) > 1})
         streams.append(_stream(tuple(chosen[part]), linked))
-        readers[number] = linked.readers
-        if linked.may_end_early and chain[part] == linked.refs:
-            may_end_early.add(number)
     # The recording and a graph may both have seen an add: one reason a line.
     once = {(r.source, r.rule) if r.source else r: r for r in reversed(rejections)}
     plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(reversed(once.values())), tuple(notes))
@@ -188,9 +179,10 @@ def _planned(
     _check_dtypes(plan)
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
-            captures.collect(more_args, more_kwargs, mode.training)
+            with contextlib.suppress(Exception):  # this model is not called so, or not on this device
+                captures.collect(more_args, more_kwargs, mode.training)
     wiring = _wire(modes, streams, kept, repeated, captures)
-    return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
+    return Analysis(plan, wiring, captures, {mode.training: mode.result for mode in modes})
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Recording, Any]:
@@ -214,7 +206,7 @@ def _capture_and_link(
     config: MHCConfig,
     runs: list[tuple[Recording, Any]],
 ) -> tuple[Captures, list[_Mode]]:
-    """Captures the carriers and links their streams; a parent whose own code reads a trunk is captured with them."""
+    """Captures the carriers and links their streams; a parent whose own code changes a trunk is captured with them."""
     parents: frozenset[str] = frozenset()
     while True:
         chosen = [find_carriers(recording, config.min_sites, parents) for recording, _ in runs]

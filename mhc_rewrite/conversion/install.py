@@ -20,7 +20,7 @@ from mhc_rewrite.capture.call import CallShape
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
-from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role, Scope
+from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream
 from mhc_rewrite.sites.hyper_connection import HyperConnection
@@ -192,68 +192,58 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
 
 
 def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
-    config = analysis.plan.config
-    scopes = [
-        Scope(number, stream, config.collapse, may_end_early=number in analysis.may_end_early)
-        for number, stream in enumerate(analysis.plan.streams)
-    ]
-    roles: dict[str, Role] = {}
-
-    def role(name: str) -> Role:
-        return roles.setdefault(name, Role(name))
-
+    config, streams = analysis.plan.config, analysis.plan.streams
+    roles = {name: Role(name, reads=True) for name in _readers(model, set(analysis.carriers))}
+    roles[""] = Role("", reads=True)
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(_SETTINGS)) and any(_inside(carrier, name) for carrier in analysis.carriers):
+            roles.setdefault(name, Role(name))
     for name, wiring in analysis.carriers.items():
         inlined = tuple(sorted(part[len(name) :].lstrip(".") for part in wiring.inlined))
-        mine = {number: scopes[number] for number in wiring.leaves}
+        channel_dims = {number: streams[number].sites[0].channel_dim for number in wiring.leaves}
         shape = CallShape.of(type(model.get_submodule(name)).forward)
-        role(name).carrier = CarrierRole(name, config, wiring, inlined, shape, mine)
+        roles.setdefault(name, Role(name)).carrier = CarrierRole(name, config, wiring, inlined, shape, channel_dims)
     for holder in dict.fromkeys(site.holder for site in analysis.plan.sites):
         if _contains_a_site(model.get_submodule(holder)):
-            role(holder)
-    for scope in scopes:
-        top = scope.stream.scope
-        if any(analysis.carriers[name].leaves[scope.number] != [False] for name in _carriers_of(scope.stream)):
-            role(top).begins.append(scope)
-            parts = top.split(".") if top else []
-            for length in range(len(parts), -1, -1):
-                role(".".join(parts[:length])).outer.append(scope)
-            for reader in analysis.readers[scope.number]:
-                role(reader).reads.append(scope)
+            roles.setdefault(holder, Role(holder))
     rewrites: Rewrites = {}
     for kind, captured in analysis.captures.by_kind.items():
         carrier = roles[kind.module].carrier if kind.module in roles else None
         if carrier is not None and not isinstance(captured, CaptureError):
             module = model.get_submodule(kind.module)
-            _first_variants(module, carrier, kind, analysis.captures.leaves[kind], captured, rewrites)
+            leaves, first = analysis.captures.leaves[kind], [stream.sites[0].carrier for stream in streams]
+            _first_variants(module, carrier, kind, leaves, captured, first, rewrites)
     return roles
 
 
-def _carriers_of(stream: ResidualStream) -> list[str]:
-    return list(dict.fromkeys(site.carrier for site in stream.sites))
+def _readers(model: nn.Module, carriers: set[str]) -> list[str]:
+    """The modules that run no part of a stream, and are called by modules that do: a state never gets into them."""
+    inside = {name for name, _ in model.named_modules() if any(_inside(carrier, name) for carrier in carriers)}
+    above = {name for name in inside if any(carrier != name and _inside(carrier, name) for carrier in carriers)}
+    return [
+        name for name, module in model.named_modules()
+        if name and name not in inside and name.rpartition(".")[0] in above and not isinstance(module, HyperConnection)
+    ]  # fmt: skip
+
+
+def _inside(name: str, parent: str) -> bool:
+    return parent in ("", name) or name.startswith(parent + ".")
 
 
 def _first_variants(
     module: nn.Module, carrier: CarrierRole, kind: CallKind, leaves: dict[str, Any], captured: Captured,
-    rewrites: Rewrites,
+    first: list[str], rewrites: Rewrites,
 ) -> None:  # fmt: skip
     """The variants that the example's calls need: streams arrive but at the first carrier, go on but at the last."""
-    numbers = list(carrier.wiring.leaves)
     ways = set()
-    for position in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
-        leaving = tuple(
-            n for n in numbers if carrier.wiring.leaves[n][min(position, len(carrier.wiring.leaves[n]) - 1)]
-        )
+    for turn in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
         arriving = tuple(
             number for _, number, may_arrive in carrier.wiring.entries.values()
-            if may_arrive and not (position == 0 and _first_carrier(carrier.scopes[number].stream) == carrier.name)
+            if may_arrive and not (turn == 0 and first[number] == carrier.name)
         )  # fmt: skip
-        ways.add((arriving, leaving))
+        ways.add((arriving, carrier.leaving(dict.fromkeys(carrier.wiring.leaves, turn))))
     for arriving, leaving in ways:
         with contextlib.suppress(
             StreamError
         ):  # a further call of ours may show other adds; a user's such call will say so
             carrier.add(module, kind.training, kind.key, leaves, *captured, arriving, leaving, rewrites)
-
-
-def _first_carrier(stream: ResidualStream) -> str:
-    return stream.sites[0].carrier

@@ -42,12 +42,14 @@ class Rewrite:
     """A rewritten forward.
 
     Attributes:
-        graph: returns (what the original returns, the streams that go out).
+        graph: returns (what the original returns, the streams that go out and what comes out where one ends).
         outgoing: the stream numbers of the second result, in order.
+        ended: those of them that end here.
     """
 
     graph: fx.Graph
     outgoing: tuple[int, ...]
+    ended: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)
@@ -59,6 +61,7 @@ class _Run:
     stream: int
     arrives: bool
     leaves: bool
+    ends: bool = False
 
     @property
     def channel_dim(self) -> int:
@@ -84,6 +87,7 @@ def expand_streams(
     collapse: str,
     arriving: frozenset[int],
     leaving: frozenset[int],
+    ending: frozenset[int] = frozenset(),
 ) -> Rewrite:
     """The forward on n streams.
 
@@ -94,14 +98,16 @@ def expand_streams(
         collapse: "mean" or "sum".
         arriving: streams that come in as streams; others are expanded before their first site here.
         leaving: streams that go out as streams; others are collapsed after their last site here.
+        ending: of the others, those whose collapsed trunk is part of the second result.
     """
-    runs = _runs(residuals, targets, arriving, leaving)
+    runs = _runs(residuals, targets, arriving, leaving, ending)
     return _Writer(captured, runs, targets, n, collapse).write()
 
 
 def _runs(
-    residuals: Residuals, targets: Mapping[SiteKey, SiteTarget], arriving: frozenset[int], leaving: frozenset[int]
-) -> list[_Run]:
+    residuals: Residuals, targets: Mapping[SiteKey, SiteTarget], arriving: frozenset[int], leaving: frozenset[int],
+    ending: frozenset[int],
+) -> list[_Run]:  # fmt: skip
     runs: list[_Run] = []
     for trunk in residuals.trunks:
         current: _Run | None = None
@@ -117,6 +123,8 @@ def _runs(
                 runs.append(current)
         if current is not None and trunk.sinks and current.stream in leaving:
             current.leaves = True
+        elif current is not None and trunk.sinks and current.stream in ending:
+            current.ends = True
     return runs
 
 
@@ -169,7 +177,8 @@ class _Writer:
             self.captured.module or "model", len(self.site_at), len(self.lift_at),
             len(self.captured.graph.nodes), len(self.graph.nodes),
         )  # fmt: skip
-        return Rewrite(self.graph, tuple(run.stream for run in self.runs if run.leaves))
+        outgoing = tuple(run.stream for run in self.runs if run.leaves or run.ends)
+        return Rewrite(self.graph, outgoing, frozenset(run.stream for run in self.runs if run.ends))
 
     def _widen(self, node: fx.Node, run: _Run, wide: fx.Node) -> None:
         """Notes the streams of a trunk node and makes what the sites that read it need."""
@@ -234,12 +243,13 @@ class _Writer:
         return self.means[node]
 
     def _output(self, node: fx.Node) -> None:
-        leaving = [run for run in self.runs if run.leaves]
-        sinks = {run: run.trunk.after[-1].node if run.trunk.after else run.sites[-1].add for run in leaving}
+        outgoing = [run for run in self.runs if run.leaves or run.ends]
+        sinks = {run: run.trunk.after[-1].node if run.trunk.after else run.sites[-1].add for run in outgoing}
         reader = self._reader(node)
 
         def read(source: fx.Node) -> fx.Node:
-            return self.wide[source] if source in sinks.values() else reader(source)
+            wide = any(run.leaves and source is sink for run, sink in sinks.items())
+            return self.wide[source] if wide else reader(source)
 
         def rebuild(source: fx.Node) -> fx.Node:
             if not _is_result(source):
@@ -249,7 +259,7 @@ class _Writer:
             return self.graph.call_function(kind, args, kwargs)
 
         result = fx.node.map_arg(node.args[0], rebuild)
-        self.graph.output((result, tuple(self.wide[sinks[run]] for run in leaving)))
+        self.graph.output((result, tuple(read(sinks[run]) for run in outgoing)))
 
     def _mark(self, new: fx.Node, role: str, run: _Run | None, old: fx.Node) -> fx.Node:
         new.meta.update(role=role, source=old.meta.get("source"), dtype=old.meta.get("dtype"))

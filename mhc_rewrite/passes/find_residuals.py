@@ -216,6 +216,10 @@ class _Finder:
         at = site.chain.index(site.read)
         if not all(site.channel_dim in lift.channel_dims for lift in site.lifts[:at]):
             return "not-per-token", "an operation between the branch's read and the add does not act per token"
+        moved = next((lift for lift in site.lifts[:at] if not lift.in_order), None)
+        if moved is not None:
+            what = vocabulary.name_of(moved.node.target)
+            return "moved-tokens", f"{what!r} between the branch's read and the add moves tokens or leaves some out"
         usable = next((i for i, lift in enumerate(site.lifts) if site.channel_dim not in lift.channel_dims), None)
         if usable is not None:
             site.lifts, site.chain = site.lifts[:usable], site.chain[: usable + 1]
@@ -271,10 +275,6 @@ class _Finder:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
             return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
-        moved = next((lift for lift in lifts[: chain.index(read)] if not lift.in_order), None)
-        if moved is not None:
-            what = vocabulary.name_of(moved.node.target)
-            return "moved-tokens", f"{what!r} between the branch's read and the add moves tokens or leaves some out"
         return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region)
 
     def _merge(self, add: fx.Node, trunk: fx.Node, branch: fx.Node, scale: float, factor: float) -> bool:

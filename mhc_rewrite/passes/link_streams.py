@@ -5,17 +5,12 @@ What one carrier returns and another receives is the same tensor object; a recor
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
 from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.plans import Rejection
-
-# Reads of a tensor's form that the extra axis of the streams does not change.
-_HARMLESS = frozenset({"dtype", "device", "layout", "is_cuda", "requires_grad", "is_floating_point", "is_leaf",
-                       "get_device", "is_complex"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,14 +45,10 @@ class LinkedStream:
     Attributes:
         segments: at least one.
         scope: name of the innermost module whose call runs all of it.
-        readers: modules that read the trunk between segments or at its end; they get the mean.
-        may_end_early: whether whoever reads the end would take the mean of an earlier layer's streams as well.
     """
 
     segments: list[Segment]
     scope: str = ""
-    readers: set[str] = field(default_factory=set)
-    may_end_early: bool = False
 
     @property
     def refs(self) -> tuple[SiteRef, ...]:
@@ -67,7 +58,7 @@ class LinkedStream:
 
 @dataclass
 class Ending:
-    """A place where a stream ends that might have gone on: code of `parent` reads the trunk there."""
+    """A place where a stream ends that might have gone on: code of `parent` changes the trunk there."""
 
     parent: str
     rejection: Rejection
@@ -78,10 +69,6 @@ def link_streams(
 ) -> tuple[list[LinkedStream], list[Ending]]:
     """The streams of one run, each once, and the places where one ends that might have gone on."""
     segments = [_segment(call, trunk) for call, residuals in found for trunk in residuals.trunks]
-    readers = defaultdict(list)
-    for operation in recording.operations:
-        for value in operation.inputs:
-            readers[value].append(operation)
     taker: dict[int, Segment] = {}
     for segment in segments:
         if segment.came_in is not None:
@@ -92,18 +79,11 @@ def link_streams(
             continue
         stream = LinkedStream([segment])
         while (following := _next(stream.segments[-1], taker)) is not None and id(following) not in linked:
-            last = stream.segments[-1]
-            modules, trouble = _readers_between(recording, readers, last, following)
-            if trouble is not None:
-                endings.append(trouble)
-                break
-            stream.readers |= modules
             stream.segments.append(following)
             linked.add(id(following))
         if id(segment) not in linked and (trouble := _lost_between(recording, segment, segments)) is not None:
             endings.append(trouble)
         stream.scope = _scope(recording, stream)
-        _read_end(recording, readers, stream)
         streams.append(stream)
     return _each_once(streams), endings
 
@@ -128,21 +108,6 @@ def _next(segment: Segment, taker: dict[int, Segment]) -> Segment | None:
         if following is not None and following.call.index > segment.call.index:
             return following
     return None
-
-
-def _readers_between(
-    recording: Recording, readers: dict[int, list[Operation]], last: Segment, following: Segment
-) -> tuple[set[str], Ending | None]:
-    """Modules that read the trunk between two segments, or why it can't stay n streams there."""
-    assert following.came_in is not None
-    common = innermost_common([recording.ancestry(segment.call.index)[:-1] for segment in (last, following)])
-    modules, raw = _readers(recording, readers[following.came_in], following.came_in, common, (last, following))
-    if raw is None:
-        return modules, None
-    where = recording.calls[raw.call].name
-    reason = (f"{raw.name!r} in {where or 'the model'!r} reads the trunk between {last.call.name!r} and "
-              f"{following.call.name!r}, in code that is not captured; the stream ends there")  # fmt: skip
-    return modules, Ending(recording.calls[common].name, Rejection(where, raw.source, "read-between", reason))
 
 
 def _lost_between(recording: Recording, segment: Segment, segments: list[Segment]) -> Ending | None:
@@ -171,45 +136,6 @@ def _lost_between(recording: Recording, segment: Segment, segments: list[Segment
     return None
 
 
-def _read_end(recording: Recording, readers: dict[int, list[Operation]], stream: LinkedStream) -> None:
-    """Notes who reads the trunk where it ends. If only modules do, layers at the end may be skipped."""
-    last = stream.segments[-1]
-    if len(stream.segments) == 1 or any(segment.trunk.after for segment in stream.segments):
-        return
-    common = innermost_common([recording.ancestry(segment.call.index)[:-1] for segment in stream.segments])
-    raw = None
-    for value in last.went_out:
-        modules, found = _readers(recording, readers[value], value, common, (last,))
-        stream.readers |= modules
-        raw = raw or found
-    stream.may_end_early = raw is None
-
-
-def _readers(
-    recording: Recording, operations: list[Operation], value: int, common: int, segments: tuple[Segment, ...]
-) -> tuple[set[str], Operation | None]:
-    """Who reads a value outside of `segments`: modules below the common call, and the first operation in no module."""
-    modules: set[str] = set()
-    for operation in operations:
-        inside = any(recording.within(operation.call, segment.call.index) for segment in segments)
-        if inside or operation.name in _HARMLESS:
-            continue
-        module = _module_that_took(recording, operation, value, common)
-        if module is None:
-            return modules, operation
-        modules.add(module)
-    return modules, None
-
-
-def _module_that_took(recording: Recording, operation: Operation, value: int, common: int) -> str | None:
-    """The outermost module below the common call that received the trunk as an argument and ran the operation."""
-    for index in recording.ancestry(operation.call):
-        call = recording.calls[index]
-        if index > common and value in call.inputs.values() and call.name:
-            return call.name
-    return None
-
-
 def _scope(recording: Recording, stream: LinkedStream) -> str:
     chains = [recording.ancestry(segment.call.index) for segment in stream.segments]
     if len(chains) > 1:
@@ -221,6 +147,5 @@ def _each_once(streams: list[LinkedStream]) -> list[LinkedStream]:
     """A stream that runs twice, say through an encoder that is called twice, is one stream."""
     seen: dict[tuple[SiteRef, ...], LinkedStream] = {}
     for stream in streams:
-        known = seen.setdefault(stream.refs, stream)
-        known.readers |= stream.readers
+        seen.setdefault(stream.refs, stream)
     return list(seen.values())

@@ -7,19 +7,25 @@ n-stream model does, or the conversion is refused by name. Each case is a factor
 from __future__ import annotations
 
 import argparse
+import contextvars
 import copy
 import dataclasses
 import enum
 import functools
+import itertools
 import os
 import random
 import secrets
 import sys
+import threading
 import time
 import types
-from collections import OrderedDict, namedtuple
+import weakref
+from array import array
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -83,6 +89,8 @@ class Constants:
 Pair = namedtuple("Pair", "p q")
 NUMBER, FLAG = 0.5, True
 NUMBERS, TABLE, SETTINGS = [0.5], {"p": 0.5, "q": {"r": 0.5}}, Config()
+CONTEXT, LOCAL, NET = contextvars.ContextVar("p", default=0.5), threading.local(), nn.Sequential(nn.Dropout(0.4))
+LOCAL.p = 0.5
 NAMESPACE, ARRAY = types.SimpleNamespace(p=0.5), np.array([0.5, 0.25])
 
 
@@ -123,6 +131,8 @@ class Block(nn.Module):
         self.tensors, self.configs = [torch.tensor(k, dtype=torch.float64)], [Config(k), Config(1.0)]
         self.by_name, self.kind = {"c": Config(k)}, Kind.ONE if index else Kind.TWO
         self.parts = [self.dp]
+        self.bytes, self.queue, self.typed = bytearray([index + 1]), deque([k]), array("d", [k])
+        self.decimal = Decimal(index + 1)
 
     @property
     def kept(self) -> float:
@@ -224,6 +234,13 @@ READ: dict[str, tuple[Callable[..., Any], str]] = {
     "global_config": (lambda s, x: SETTINGS.p, "SETTINGS.p = 0.9"),
     "global_namespace": (lambda s, x: NAMESPACE.p, "NAMESPACE.p = 0.9"),
     "global_array": (lambda s, x: float(ARRAY[0]), "ARRAY[0] = 0.9"),
+    "global_module": (lambda s, x: NET[0].p, "NET[0].p = 0.9"),
+    "context": (lambda s, x: CONTEXT.get(), "CONTEXT.set(0.9)"),
+    "thread_local": (lambda s, x: LOCAL.p, "LOCAL.p = 0.9"),
+    "byte_array": (lambda s, x: s.bytes[0] / 9, "l.bytes[0] = 7"),
+    "deque": (lambda s, x: s.queue[0], "l.queue[0] = 0.9"),
+    "typed_array": (lambda s, x: s.typed[0], "l.typed[0] = 0.9"),
+    "decimal": (lambda s, x: float(s.decimal), "l.decimal = Decimal('0.9')"),
     "closure": (lambda s, x: from_closure(), "HELD[0] = 0.9"),
     "default": (lambda s, x, held=HELD: held[0], "HELD[0] = 0.9"),
     "environment": (lambda s, x: float(os.environ.get("FROZEN", "1")), "os.environ['FROZEN'] = '2'"),
@@ -263,8 +280,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "object": (lambda s, x: (setattr(s.config, "last", x), 1.0)[1], "stores a result"),
     "counts_in_a_list": (lambda s, x: (s.numbers.append(1.0), 1.0)[1], "changes"),
     "counts_globally": (lambda s, x: (TABLE.update(p=TABLE["p"] + 1), 1.0)[1], "changes"),
+    "iterator": (lambda s, x: next(COUNTER), "iterator"),
     "swallowed": (lambda s, x: swallowed(), "Python's random"),
 }  # fmt: skip
+COUNTER = itertools.cycle([0.1, 0.2])
 GENERATOR, STATE = np.random.default_rng(0), np.random.RandomState(0)
 
 
@@ -297,6 +316,8 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
     NUMBERS[:], HELD[:], ARRAY[:] = kept["NUMBERS"], kept["HELD"], kept["ARRAY"]
     TABLE.clear()
     TABLE.update(kept["TABLE"])
+    NET[0].p, LOCAL.p = 0.4, 0.5
+    CONTEXT.set(0.5)
     SETTINGS.p, NAMESPACE.p = kept["SETTINGS"].p, kept["NAMESPACE"].p
 
 
@@ -370,7 +391,7 @@ class Skipping(nn.Module):
     def __init__(self, draw: Callable[[], bool]) -> None:
         super().__init__()
         self.draw = draw
-        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)) for _ in range(6))
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)) for _ in range(12))
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.parts:
@@ -384,6 +405,8 @@ class Skipping(nn.Module):
     "draw", [lambda: random.random() < 0.5, lambda: np.random.rand() < 0.5], ids=["random", "numpy"]
 )
 def test_a_draw_in_a_loop_is_refused_and_not_frozen(draw: Callable[[], bool]) -> None:
+    random.seed(0)
+    np.random.seed(0)
     with pytest.raises(CaptureError, match="random numbers"):
         mhcify(Skipping(draw), (features().float(),))
 
@@ -511,6 +534,23 @@ def test_what_a_method_of_an_argument_says_is_refused() -> None:
         mhcify(Weighed(lambda bag: 2.0 if bag.is_empty() else 1.0).double(), (features(), Bag(1.0)))
 
 
+def test_what_is_read_by_way_of_the_parent() -> None:
+    """A parent that a layer holds on to, outright or weakly, is watched as well."""
+    for factor in (lambda s, x: s.parent[0].layers[0].dp.p, lambda s, x: s.weak().layers[0].dp.p):
+        torch.manual_seed(0)
+        original = Model(factor).double()
+        converted = copy.deepcopy(original)
+        for model in (original, converted):
+            for layer in model.layers:
+                layer.__dict__["parent"], layer.weak = [model], weakref.ref(model)
+        mhcify(converted, (features(),), n_streams=N)
+        perturb(converted)
+        check(original, converted)
+        for model in (original, converted):
+            model.layers[0].dp.p = 0.9
+        check(original, converted)
+
+
 def test_layers_that_read_the_same_share_a_capture_and_others_do_not() -> None:
     def captures(factor: Callable[..., Any]) -> int:
         model = mhcify(Model(factor).double(), (features(),), n_streams=2)
@@ -522,6 +562,7 @@ def test_layers_that_read_the_same_share_a_capture_and_others_do_not() -> None:
     assert captures(lambda s, x: 2.0 if s.flag else 1.0) == 2 * 2
 
 
+@pytest.mark.slow
 def test_a_changed_number_is_seen_under_compile() -> None:
     original, converted = build(lambda s, x: s.dp.p * s.config.p * s.numbers[0] * NUMBERS[0] * TABLE["p"] * SETTINGS.p)
     compiled = torch.compile(converted.eval(), backend="eager", fullgraph=True)

@@ -229,6 +229,7 @@ def own_process(code: str, timeout: float = 240) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_case_converts_or_is_refused() -> None:
     code = (
         "from test_never_crash import CASES, outcome\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import pickle
 import sys
@@ -78,3 +79,13 @@ def put_back(thing: Any, held: Any) -> None:
     else:
         vars(thing).clear()
         vars(thing).update(held)
+
+
+def twin_of(thing: Any) -> tuple[Any, bool]:
+    """What to compare an object with later: an equal copy, or it itself (True), where it has none."""
+    try:
+        twin = copy.deepcopy(thing)
+        equal = type(twin) is type(thing) and bool(twin == thing)
+    except Exception:
+        equal = False
+    return (twin, False) if equal else (thing, True)

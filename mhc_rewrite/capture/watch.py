@@ -8,6 +8,7 @@ that answer differently each time.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import gc
@@ -15,6 +16,7 @@ import random
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,6 +45,7 @@ from mhc_rewrite.capture.held import (
     is_torchs_or_pythons,
     may_change,
     put_back,
+    twin_of,
 )
 from mhc_rewrite.capture.reads import ABSENT, Read, Step, attributes_of, same, value_at
 from mhc_rewrite.capture.record import source_line
@@ -58,6 +61,7 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, f
 _UNREAD = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"})
 # Types of globals that say nothing of what is computed.
 _UNFOLLOWED = ("torch.", "logging", "typing", "re", "weakref", "_weakref", "abc", "threading", "_thread", "functools")
+_FOLLOWED = (Tensor, nn.Module, threading.local, weakref.ref)
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
 
 
@@ -166,8 +170,10 @@ class Watch:
             name in held for held in (thing._parameters, thing._buffers, thing._modules)
         ):  # fmt: skip
             value = getattr(thing, name)
-            if value is not None:
-                return  # a graph reads parameters and children anew
+            if value is not None:  # a graph reads parameters and children of the carrier anew
+                if thing not in self.tracer.paths and thing is not self.root:
+                    self.note((root, (*steps, ("attr", name))), value)
+                return
         on_class = next((vars(base)[name] for base in type(thing).__mro__ if name in vars(base)), None)
         if isinstance(on_class, property):
             return  # its code is seen to run
@@ -180,6 +186,8 @@ class Watch:
     def _all_of(self, thing: Any, way: Way) -> None:
         """For what can't be watched: all that it holds counts as read."""
         root, steps = way
+        if not hasattr(thing, "__dict__"):
+            self._record((id(root), steps), way, *twin_of(thing))
         for name, value in list(getattr(thing, "__dict__", {}).items()):
             if not name.startswith("__"):
                 self.note((root, (*steps, ("attr", name))), value)
@@ -195,8 +203,9 @@ class Watch:
             self._record(key, way, value.copy() if hasattr(value, "tobytes") else value)
         elif isinstance(value, Tensor):
             self.tensors.setdefault(id(value), way)
-        elif isinstance(value, nn.Module) and id(value) in self.owners:
-            return
+        elif isinstance(value, nn.Module):
+            for path, module in value.named_modules():
+                self._own(module, (way[0], (*way[1], *attributes_of(path))))
         elif isinstance(value, CONTAINERS):
             self._container(key, way, value)
         elif isinstance(value, _FUNCTIONS):
@@ -210,6 +219,13 @@ class Watch:
             self._generator(value)
         elif isinstance(value, random.Random):
             return  # its draws are seen
+        elif isinstance(value, weakref.ref):
+            self.note((way[0], (*way[1], ("call", ()))), value())
+        elif isinstance(value, contextvars.ContextVar):
+            asked = (*way[1], ("attr", "get"), ("call", ()))
+            self.note((way[0], asked), value_at(self.root, way[0], asked))
+        elif hasattr(type(value), "__next__"):
+            self.tracer.refuse("it takes from an iterator or a file, which a graph would not repeat")
         else:
             self._own(value, way)
 
@@ -268,7 +284,8 @@ class Watch:
             if not is_machinery(file):
                 self.asked(function)
         elif function is globals and not is_machinery(file):
-            self._globals(frame, [(name,) for name in frame.f_globals if name[:2] != "__"])
+            plain = [name for name, value in frame.f_globals.items() if not hasattr(type(value), "__next__")]
+            self._globals(frame, [(name,) for name in plain if name[:2] != "__"])
         elif isinstance(owner, random.Random) and name in ("random", "getrandbits"):
             self._refuse(frame, _DRAWS.format("Python's random"))
         elif name in ("urandom", "getrandom") and isinstance(owner, types.ModuleType):
@@ -326,7 +343,7 @@ class Watch:
                 self.classes.setdefault(value, way)
         elif isinstance(value, _FUNCTIONS):
             self._function(value, way)
-        elif isinstance(value, (Tensor, nn.Module)) or not type(value).__module__.startswith(_UNFOLLOWED):
+        elif isinstance(value, _FOLLOWED) or not type(value).__module__.startswith(_UNFOLLOWED):
             self.note(way, value)
 
     def _closure(self, frame: types.FrameType) -> None:

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mhc_rewrite.capture.call import CallShape, describe, flatten
 from mhc_rewrite.capture.trace import ModuleGraph
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.conversion.analysis import CarrierWiring
 from mhc_rewrite.conversion.captures import capture_forward, plain_attributes
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
+from mhc_rewrite.conversion.naming import CarrierWiring
 from mhc_rewrite.errors import StreamError, UnseenCallError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals

@@ -180,6 +180,15 @@ def _capture_and_link(
     parents: frozenset[str] = frozenset()
     while True:
         chosen = [find_carriers(recording, config.min_sites, parents) for recording, _ in runs]
+        names = [
+            {recording.calls[carrier.call].name for carrier in carriers}
+            for (recording, _), (carriers, _) in zip(runs, chosen, strict=True)
+        ]
+        # What holds the adds in one mode is captured in the other too, or they could not be told to be the same.
+        outer = {a for a in set().union(*names) for b in set().union(*names) if a != b and _inside(b, a)} - parents
+        if outer:
+            parents |= outer
+            continue
         inlined: dict[str, set[str]] = {}
         for (recording, _), (carriers, _) in zip(runs, chosen, strict=True):
             for carrier in carriers:

@@ -210,6 +210,34 @@ def by_mode_by_hand(model: ByModeInOne, hand: Streams, x: Tensor) -> Tensor:
     return hand.collapse(X)
 
 
+class ByParent(nn.Module):
+    """The layer adds in evaluation, and its parent in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.d = block(), nn.Dropout(0.3)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.d(self.f(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) if self.training else x + self.f(x)
+
+
+class ByParentStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ByParent() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training:
+                x = x + layer.d(layer(x))
+            else:
+                x = layer(x)
+        return x
+
+
 class PooledByMode(nn.Module):
     """Branches without parameters are told by their neighbours."""
 
@@ -612,6 +640,7 @@ KINDS = (
     kind("another line in training", ByMode, TOKENS),
     Kind("another line in training, in a loop", ByModeInOne, tokens, by_mode_by_hand,
          (tuple(f"mhc_{k}" for k in range(6)),)),
+    Kind("another module in training", ByParentStack, tokens, by_hand("first"), (names("layers.{}", 3, 1),)),
     kind("another line without parameters", PooledByMode, IMAGE, channel_dim=1),
     kind("flattened image", Flattened, IMAGE, channel_dim=1),
     kind("einops", Rearranged, IMAGE, channel_dim=1),

@@ -582,6 +582,42 @@ def start(sites: int, flipped: bool, inline: bool) -> Kind:
     )  # fmt: skip
 
 
+class Across(nn.Module):
+    """The second half of the layers is given what came out of the first half, as in a U-Net without resolutions."""
+
+    def __init__(self, layers: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Plain() for _ in range(layers))
+        self.weights = nn.Parameter(torch.full((layers,), 0.6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        half = len(self.layers) // 2
+        for i, layer in enumerate(self.layers):
+            if i >= len(self.layers) - half:
+                x = x + self.weights[i] * kept.pop()
+            x = layer(x)
+            if i < half:
+                kept.append(x)
+        return x
+
+
+class Plain(Adds):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = block()
+
+
+def across_by_hand(model: Across, hand: Streams, x: Tensor) -> Tensor:
+    X, kept = hand.expand(x), []
+    for i, layer in enumerate(model.layers):
+        if i >= 3:
+            X = hand.each(lambda x, skip=model.weights[i] * kept.pop(): x + skip, X)
+        X = hand.site(f"layers.{i}.mhc_0", X, layer.first)
+        kept += [hand.collapse(X)] if i < 2 else []
+    return hand.collapse(X)
+
+
 class Equivariant(nn.Module):
     """A layer of an equivariant graph network: features are a trunk, coordinates are not."""
 
@@ -660,6 +696,7 @@ KINDS = (
     Kind("one block, several steps", SharedSteps, tokens, shared_steps_by_hand, (("mhc_0", "mhc_1", "mhc_2"),)),
     kind("state space with a skip", StateSpace, TOKENS),
     *(start(sites, flipped, inline) for sites in (1, 2) for flipped in (False, True) for inline in (False, True)),
+    Kind("skips across layers", Across, tokens, across_by_hand, (names("layers.{}", 5, 1),)),
     Kind("equivariant", EquivariantStack, lambda: (features(*TOKENS), features(2, 5, 3)), equivariant_by_hand,
          (names("layers.{}", 3, 1),)),
 )  # fmt: skip

@@ -208,19 +208,24 @@ def _capture_and_link(
 
 def _settle(modes: list[Mode], captures: Captures, config: MHCConfig) -> list[Mode]:
     """Decides what one forward alone does not show: the axis of a stream, and by which argument it comes in."""
-    before: dict[tuple[str, SiteKey], Known] = {}
+    settled: set[tuple[SiteRef, str]] = set()
     while True:
         decided: dict[str, dict[SiteKey, Known]] = defaultdict(dict)
+        now: set[tuple[SiteRef, str]] = set()
         for mode in modes:
             for ref, change in (*decided_sources(mode.streams), *decided_axes(mode.streams, config.min_sites)):
-                known = replace(captures.known_of(ref.carrier)[ref.key], **change)
-                if before.get((ref.carrier, ref.key), known) != known and "refused" in change:
+                kind = "source" if "source" in change else "axis"
+                earlier = decided[ref.carrier].get(ref.key)
+                known = replace(earlier or captures.known_of(ref.carrier)[ref.key], **change)
+                if (ref, kind) in settled or ((ref, kind) in now and known != earlier):
+                    if kind == "source":
+                        continue
                     known = replace(known, refused=("axis", "its streams do not agree on the axis of features"))
-                elif (ref.carrier, ref.key) in before and "source" in change:
-                    continue
-                before[ref.carrier, ref.key] = decided[ref.carrier][ref.key] = known
-        if not decided:
+                decided[ref.carrier][ref.key] = known
+                now.add((ref, kind))
+        if not any(decided.values()):
             return modes
+        settled |= now
         captures.settle(decided)
         modes = [
             _link(mode.recording, mode.chosen, captures, mode.rejected, config, mode.training, mode.result)

@@ -196,7 +196,7 @@ def perturbed(model: nn.Module, *inputs: Tensor, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("length", (1, 2, 8))
-@pytest.mark.parametrize("name", ("recurrence in a branch", "recurrence after layers"))
+@pytest.mark.parametrize("name", ("recurrence in a branch", "recurrence after layers", "layers at every step"))
 def test_another_number_of_steps(name: str, length: int) -> None:
     kind = next(kind for kind in KINDS if kind.name == name)
     compared = Compared(kind, 3).perturb()

@@ -19,7 +19,7 @@ from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
 from mhc_rewrite.passes.lineage import ancestors, is_linear, lineage, mixes, operands, reads_form
 from mhc_rewrite.passes.lineage import region as region_of
-from mhc_rewrite.passes.same_site import Known, SiteKey, make_key, matched
+from mhc_rewrite.passes.same_site import Known, SiteKey, make_keys, matched
 from mhc_rewrite.plans import Rejection
 
 
@@ -136,11 +136,11 @@ class _Finder:
                 elif terms is not None:
                     self._consider(node, *terms)
         self.parameters = feature_axis.parameters(self.nodes, self.carrier)
-        seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
             site.place = self.order[site.add]
-            site.key = make_key(site.add, site.region, self.carrier, self.parameters, seen)
             site.votes = feature_axis.votes(site.read, self._in_order(site.region), site.lifts, self.parameters)
+        for site, key in make_keys(self._groups(), self.carrier, self.parameters).items():
+            site.key = key
         for site, key in matched(sorted(self.sites.values(), key=lambda site: site.place), self.known).items():
             site.key = key
 

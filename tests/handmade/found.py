@@ -484,6 +484,32 @@ def then_recurrent_by_hand(model: ThenRecurrent, hand: Streams, x: Tensor) -> Te
     return model.recur(hand.collapse(X))
 
 
+class AtEveryStep(nn.Module):
+    """Layers at every step of a sequence: one stream a step, with the same sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fs = nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for x_t in x.unbind(1):
+            for f in self.fs:
+                x_t = x_t + f(x_t)
+            out.append(x_t)
+        return torch.stack(out, 1)
+
+
+def at_every_step_by_hand(model: AtEveryStep, hand: Streams, x: Tensor) -> Tensor:
+    out = []
+    for x_t in x.unbind(1):
+        X = hand.expand(x_t)
+        for k, f in enumerate(model.fs):
+            X = hand.site(f"mhc_{k}", X, f)
+        out.append(hand.collapse(X))
+    return torch.stack(out, 1)
+
+
 class SharedSteps(nn.Module):
     """No recurrence: one block for all layers, an embedding a step, and slices that are the same at every step."""
 
@@ -693,6 +719,7 @@ KINDS = (
     kind("recurrence in a branch", Recurrent, TOKENS, 2),
     Kind("recurrence after layers", ThenRecurrent, tokens, then_recurrent_by_hand,
          (tuple(f"mhc_{k}" for k in range(3)),)),
+    Kind("layers at every step", AtEveryStep, tokens, at_every_step_by_hand, (("mhc_0", "mhc_1", "mhc_2"),)),
     Kind("one block, several steps", SharedSteps, tokens, shared_steps_by_hand, (("mhc_0", "mhc_1", "mhc_2"),)),
     kind("state space with a skip", StateSpace, TOKENS),
     *(start(sites, flipped, inline) for sites in (1, 2) for flipped in (False, True) for inline in (False, True)),

@@ -90,10 +90,10 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-def in_two_streams() -> nn.Module:
+def in_two_streams(*further: nn.Module) -> nn.Module:
     """A block twice, a projection that ends their stream, and the same block once."""
     block = Further()
-    return Stack(block, block, nn.Linear(WIDTH, WIDTH), block)
+    return Stack(block, block, nn.Linear(WIDTH, WIDTH), block, *further)
 
 
 class Scripted(nn.Module):
@@ -307,8 +307,11 @@ REFUSALS = {
                                     UnsupportedModelError,
                                     ("'layers.1'", "'mhc_0'", "rename it")),
     "a module of two streams": Refusal(
-        in_two_streams, UnsupportedModelError,
+        lambda: in_two_streams(Block(), Block()), UnsupportedModelError,
         ("'layers.0'", "two residual streams", line(Further.forward, "x = x"), "exclude=('layers.0',)")),
+    "a module of two streams and nothing else": Refusal(
+        in_two_streams, UnsupportedModelError,
+        ("'layers.0'", "two residual streams", "give each stream a module of its own.")),
     # forwards that can't be captured
     "a branch on content": Refusal(
         lambda: Stack(Block(), Branching(), Block(), Block()), CaptureError,

@@ -196,7 +196,7 @@ def perturbed(model: nn.Module, *inputs: Tensor, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("length", (1, 2, 8))
-@pytest.mark.parametrize("name", ("recurrence in a branch", "recurrence after layers"))
+@pytest.mark.parametrize("name", ("recurrence in a branch", "recurrence after layers", "layers at every step"))
 def test_another_number_of_steps(name: str, length: int) -> None:
     kind = next(kind for kind in KINDS if kind.name == name)
     compared = Compared(kind, 3).perturb()
@@ -277,6 +277,33 @@ def test_turns_that_are_left_out_keep_the_others_parameters() -> None:
         for k in range(first, 4):
             X = hand.site(f"mhc_{k}", X, model.fs[k])
         assert relative(model(x, first), hand.collapse(X)) < 1e-9
+
+
+class SharedTwice(nn.Module):
+    """Adds one branch twice, by a helper, or the second time alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = block(), block()
+
+    def add(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def forward(self, x: Tensor, once: bool = False) -> Tensor:
+        if not once:
+            x = self.add(x)
+        x = self.add(x)
+        return x + self.g(x)
+
+
+def test_one_branch_added_twice_is_told_by_the_way_to_the_add() -> None:
+    model = perturbed(SharedTwice(), features(2, 5, WIDTH))
+    x, hand = features(2, 5, WIDTH), oracle.Streams(dict(model.named_parameters()), 3)
+    for once in (False, True):
+        X = hand.expand(x)
+        X = X if once else hand.site("mhc_0", X, model.f)
+        X = hand.site("mhc_2", hand.site("mhc_1", X, model.f), model.g)
+        assert relative(model(x, once), hand.collapse(X)) < 1e-9
 
 
 # -- advice ----------------------------------------------------------------------------------------------------------

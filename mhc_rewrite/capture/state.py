@@ -118,7 +118,7 @@ def _put_back(roots: tuple[nn.Module, ...]) -> Iterator[None]:
     numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None
     try:
         with contextlib.ExitStack() as stack:
-            if any(is_compiled(part) for part in module.modules()):
+            if any(is_compiled(part) for part in modules):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.random.fork_rng(devices=devices))
             stack.enter_context(torch.no_grad())

@@ -53,6 +53,7 @@ class Captures:
         self.leaves: dict[CallKind, dict[str, Any]] = {}
         self._alike: dict[Any, list[Captured]] = {}
         self.known: dict[Any, dict[SiteKey, Known]] = {}  # by likeness of carriers
+        self._likenesses: dict[str, Any] = {}
 
     def collect(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
         """Runs the model and captures every kind of call of the carriers that it shows for the first time."""
@@ -111,7 +112,7 @@ class Captures:
     def settle(self, decided: Mapping[str, Mapping[SiteKey, Known]]) -> None:
         """Looks at captures anew after decisions about sites, by carrier."""
         for name, sites in decided.items():
-            self.known[self.likeness(name)].update(sites)
+            self.known_of(name).update(sites)
         changed = {self.likeness(name) for name in decided}
         anew: dict[int, Captured] = {}
         for kind, captured in self.by_kind.items():
@@ -120,12 +121,21 @@ class Captures:
                 graph = captured[0]
                 if id(graph) not in anew:
                     carrier = self.model.get_submodule(kind.module)
-                    anew[id(graph)] = graph, find_residuals(graph, carrier, self.known[like])
+                    anew[id(graph)] = graph, find_residuals(graph, carrier, self.known_of(kind.module))
                 self.by_kind[kind] = anew[id(graph)]
         self._alike = {like: [anew.get(id(one[0]), one) for one in made] for like, made in self._alike.items()}
 
+    def known_of(self, name: str) -> dict[SiteKey, Known]:
+        """What is known about the sites of a carrier."""
+        return self.known.setdefault(self.likeness(name), {})
+
     def likeness(self, name: str) -> Any:
         """What a module is made of. Layers that are alike share a capture where what it read is the same in both."""
+        if name not in self._likenesses:
+            self._likenesses[name] = self._likeness(name)
+        return self._likenesses[name]
+
+    def _likeness(self, name: str) -> Any:
         return tuple(
             (path, type(module), _flags(module),
              tuple((n, tuple(t.shape), t.dtype) for n, t in module.named_parameters(recurse=False)))

@@ -22,7 +22,7 @@ from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
 from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
-from mhc_rewrite.plans import ResidualSite, ResidualStream
+from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 _ROLE = "_mhc_role"
@@ -113,7 +113,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
             config = _of_stream(analysis.plan.config, stream)
             for index, site in enumerate(_each_site(stream)):
                 if not site.excluded:
-                    _add_site(model, site, index, config)
+                    _add_site(model, site, index, config, analysis.plan)
                     added.append((model.get_submodule(site.holder), site.name.rpartition(".")[2]))
         roles = _roles(model, analysis)
         for name, role in roles.items():
@@ -170,14 +170,15 @@ def _of_stream(config: MHCConfig, stream: ResidualStream) -> MHCConfig:
     return dataclasses.replace(config, recompute=best_segment(config.n_streams, max(1, calls)))
 
 
-def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig) -> None:
+def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig, plan: RewritePlan) -> None:
     holder = model.get_submodule(site.holder)
     name = site.name.rpartition(".")[2]
+    out = site.holder or site.name
     if isinstance(getattr(holder, name, None), HyperConnection):  # of a stream before
         raise UnsupportedModelError(
             f"{site.holder or 'The model'!r} runs in two residual streams, since one ends between two of its calls. "
-            f"A site ({site.source}) belongs to one stream: give each stream a module of its own, or leave this one "
-            f"as it is, with exclude={(site.holder or site.name,)}."
+            f"A site ({site.source}) belongs to one stream: give each stream a module of its own"
+            + (f", or leave this one as it is, with exclude={(out,)}." if _has_sites_without(plan, out) else ".")
         )
     if hasattr(holder, name):
         raise UnsupportedModelError(f"{site.holder or 'The model'!r} has an attribute {name!r} of its own; rename it.")
@@ -189,6 +190,15 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
             device=tensor.device if tensor is not None else None, dtype=torch.float64 if double else torch.float32,
         )  # fmt: skip
     holder.add_module(name, connection.train(holder.training))
+
+
+def _has_sites_without(plan: RewritePlan, out: str) -> bool:
+    """Whether a stream keeps enough sites where a module or a site is excluded."""
+    left = [
+        {s.name for s in stream.sites if not s.excluded and out not in (s.name, s.holder, s.carrier)}
+        for stream in plan.streams
+    ]
+    return any(len(names) >= plan.config.min_sites for names in left)
 
 
 def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:

@@ -19,9 +19,9 @@ from mhc_rewrite.capture.graph import ModuleGraph
 from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import alone, under_way
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.conversion.analysis import CarrierWiring
 from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
+from mhc_rewrite.conversion.naming import CarrierWiring
 from mhc_rewrite.errors import StreamError, UnseenCallError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals

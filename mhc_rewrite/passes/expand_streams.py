@@ -21,8 +21,9 @@ from torch import fx
 
 from mhc_rewrite.capture.graph import ModuleGraph, has_effects, is_structure
 from mhc_rewrite.passes import lifting
-from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk, reads_form
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
 from mhc_rewrite.passes.lifting import Lift
+from mhc_rewrite.passes.lineage import reads_form
 from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.sites import streams
 

@@ -6,10 +6,9 @@ A site is an add `s + b` where the trunk `s`, perhaps behind operations that act
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import fx, nn
 
 from mhc_rewrite.capture import vocabulary
@@ -18,7 +17,9 @@ from mhc_rewrite.passes import feature_axis, lifting, recurrence
 from mhc_rewrite.passes.feature_axis import Votes
 from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
-from mhc_rewrite.passes.same_site import Known, SiteKey, make_key, matched
+from mhc_rewrite.passes.lineage import ancestors, is_linear, lineage, mixes, operands, reads_form
+from mhc_rewrite.passes.lineage import region as region_of
+from mhc_rewrite.passes.same_site import Known, SiteKey, make_keys, matched
 from mhc_rewrite.plans import Rejection
 
 
@@ -127,7 +128,6 @@ class _Finder:
         self.sites: dict[fx.Node, FoundSite] = {}
         self.rejections: list[Rejection] = []
         self.lift_cache: dict[fx.Node, list[Lift]] = {}
-        self.reading = recurrence.Reading(_operands, self._slice_of, self._parameters_of, self.order.__getitem__)
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
@@ -140,11 +140,11 @@ class _Finder:
                 elif terms is not None:
                     self._consider(node, *terms)
         self.parameters = feature_axis.parameters(self.nodes, self.carrier)
-        seen: dict[tuple[int, SiteKey], int] = {}
         for site in self.sites.values():
             site.place = self.order[site.add]
-            site.key = make_key(site.add, site.region, self.carrier, self.parameters, seen)
             site.votes = feature_axis.votes(site.read, self._in_order(site.region), site.lifts, self.parameters)
+        for site, key in make_keys(self._groups(), self.carrier, self.parameters).items():
+            site.key = key
         for site, key in matched(sorted(self.sites.values(), key=lambda site: site.place), self.known).items():
             site.key = key
 
@@ -178,12 +178,13 @@ class _Finder:
 
     def _steps(self, group: list[FoundSite]) -> list[FoundSite]:
         """The sites that are steps of a recurrence over time."""
+        reading = recurrence.reading_of_graph(self.order, self.parameters)
         places: dict[SiteKey, list[FoundSite]] = {}
         for site in group:
             places.setdefault(replace(site.key, parts=frozenset(), occurrence=0), []).append(site)
         steps = []
         for sites in places.values():
-            turns = [self.reading.turn(_operands(site.add), site.chain[-1]) for site in sites] if len(sites) > 1 else []
+            turns = [reading.turn(operands(site.add), site.chain[-1]) for site in sites] if len(sites) > 1 else []
             if recurrence.is_recurrence(turns):
                 steps += sites
         return steps
@@ -193,19 +194,6 @@ class _Finder:
         gates = {gate for lift in site.lifts[: site.chain.index(site.read)] for gate in lift.operands}
         scaled = any(gate in self.parameters and max(gate.meta["shape"], default=1) > 1 for gate in gates)
         return scaled and any(site.add in other.region for other in self.sites.values() if other is not site)
-
-    def _slice_of(self, node: fx.Node) -> tuple[fx.Node, Hashable] | None:
-        if node.op not in ("call_function", "call_method") or vocabulary.name_of(node.target) not in vocabulary.SLICING:
-            return None
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        several = "shape" not in source.meta and self._slice_of(source)
-        where = (str(node.target), repr(node.args[1:]), repr(node.kwargs))
-        return (several[0], (several[1], where)) if several else (source, where)
-
-    def _parameters_of(self, node: fx.Node) -> tuple[Hashable, ...]:
-        own = node.op == "call_module" or (node.op == "get_attr" and node in self.parameters)
-        return (node.target,) if own else ()
 
     def _on_axis(self, site: FoundSite, axis: int) -> tuple[str, str] | None:
         """Puts a site on the axis, or says why it can't be there."""
@@ -252,7 +240,7 @@ class _Finder:
     ) -> FoundSite | tuple[str, str] | None:
         """The site, or the rule and reason for which it is none; None where nothing hints at one."""
         chain = [trunk, *(lift.trunk for lift in lifts)]
-        above = self._lineage(branch)
+        above = lineage(branch, self.sites)
         if branch in chain:
             return None
         reads = [
@@ -262,7 +250,7 @@ class _Finder:
         if not reads:
             return None
         read = reads[0]
-        region = self._region(read, above, set(chain))
+        region = region_of(read, above, set(chain))
         if self._sites_between(branch, read) >= STAGE:
             return "long-skip", "the skip closes over a whole stage of residual adds"
         if not any(mixes(node) or node in self.sites for node in region):
@@ -282,8 +270,8 @@ class _Finder:
         inner = self.sites.get(trunk)
         if inner is None or scale != 1 or any(user is not add and not reads_form(user) for user in trunk.users):
             return False
-        above = self._lineage(branch)
-        region = self._region(inner.read, above, set(inner.chain))
+        above = lineage(branch, self.sites)
+        region = region_of(inner.read, above, set(inner.chain))
         if not any(mixes(node) for node in region):
             return False
         del self.sites[trunk]
@@ -307,7 +295,7 @@ class _Finder:
         if node not in self.sites:
             for lift in self._lifts(node):
                 gates = (*operands, *lift.operands)
-                if any(lift.trunk is gate or lift.trunk in self._ancestors(gate) for gate in gates):
+                if any(lift.trunk is gate or lift.trunk in ancestors(gate) for gate in gates):
                     continue  # a gate that depends on the trunk: that is modulation, not a residual
                 for further in self._chains(lift.trunk, gates):
                     yield [lift, *further]
@@ -335,40 +323,6 @@ class _Finder:
             node = self.sites[earlier].chain[0]
             if node is read:
                 return count
-
-    def _ancestors(self, node: fx.Node) -> set[fx.Node]:
-        """`node` and all whose values, not only sizes, it is computed from."""
-        seen, todo = {node}, [node]
-        while todo:
-            for source in todo.pop().all_input_nodes:
-                if source not in seen and not reads_form(source):
-                    seen.add(source)
-                    todo.append(source)
-        return seen
-
-    def _lineage(self, branch: fx.Node) -> set[fx.Node]:
-        """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own."""
-        seen, todo = {branch}, [branch]
-        while todo:
-            node = todo.pop()
-            sources = self.sites[node].chain[:1] if node in self.sites else node.all_input_nodes
-            for source in sources:
-                if source not in seen and not reads_form(source):
-                    seen.add(source)
-                    todo.append(source)
-        return seen
-
-    @staticmethod
-    def _region(read: fx.Node, above: set[fx.Node], chain: set[fx.Node]) -> set[fx.Node]:
-        """What is computed from `read`, off the trunk, on the way to the branch whose ancestors are `above`."""
-        seen: set[fx.Node] = set()
-        todo = [user for user in read.users if user in above and user not in chain]
-        while todo:
-            node = todo.pop()
-            if node not in seen and not reads_form(node):
-                seen.add(node)
-                todo.extend(user for user in node.users if user in above)
-        return seen
 
     def _alias(self, add: fx.Node, chain: list[fx.Node]) -> fx.Node | None:
         """A later reader of the memory that an in-place add wrote to, by another name than the sum's."""
@@ -530,31 +484,3 @@ def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]
     if left is right or not floating or not isinstance(alpha, (int, float)):
         return None
     return (left, 1), (right, alpha)  # type: ignore[return-value]
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values, not only sizes, a node is computed from."""
-    return [source for source in node.all_input_nodes if not reads_form(source)]
-
-
-def mixes(node: fx.Node) -> bool:
-    """Whether a node mixes features: what makes a branch a block."""
-    if "mixes" in node.meta:  # of a child, or of a function whose own calls are not in the graph
-        return bool(node.meta["mixes"])
-    return node.op in ("call_function", "call_method") and vocabulary.is_mixing(node.target)
-
-
-def is_linear(node: fx.Node) -> bool:
-    """Whether a node scales, adds or reshapes, and nothing more."""
-    return node.op in ("call_function", "call_method") and vocabulary.name_of(node.target) in vocabulary.LINEAR
-
-
-def reads_form(node: fx.Node) -> bool:
-    """Whether a node sees a tensor's form and not its values."""
-    if node.op == "call_method":
-        return node.target in vocabulary.FORM or node.target in vocabulary.LIKE
-    if node.target is getattr:
-        return node.args[1] in vocabulary.FORM
-    return node.op == "call_function" and (
-        node.target in (torch.numel, torch.is_floating_point) or vocabulary.name_of(node.target) in vocabulary.LIKE
-    )

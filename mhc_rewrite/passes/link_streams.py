@@ -5,9 +5,12 @@ What one carrier returns and another receives is the same tensor object; a recor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
+from mhc_rewrite.passes.feature_axis import MIN_WIDTH, Votes, elected
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
 from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.plans import Rejection
@@ -149,3 +152,36 @@ def _each_once(streams: list[LinkedStream]) -> list[LinkedStream]:
     for stream in streams:
         seen.setdefault(stream.refs, stream)
     return list(seen.values())
+
+
+def decided_sources(streams: list[LinkedStream]) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """Segments whose trunk comes in by one argument while another stream ends in another one."""
+    segments = [segment for stream in streams for segment in stream.segments]
+    out = {value: segment for segment in segments for value in segment.went_out}
+    for segment in segments:
+        if segment.came_in in out:
+            continue
+        for value, leaf in segment.might.items():
+            if value in out and out[value].call.index < segment.call.index:
+                yield segment.refs[0], {"source": leaf}
+
+
+def decided_axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """All sites of a stream get one axis, by a vote of all of them; a stream without one is none."""
+    for stream in streams:
+        if len(stream.refs) < min_sites:
+            continue
+        sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
+        votes = sum((site.votes for _, site in sites), Votes())
+        axis = elected(votes)
+        width = MIN_WIDTH if axis is None else sites[0][1].read.meta["shape"][axis]
+        refused = None
+        if axis is None and not any(strength for _, strength in votes):
+            refused = "axis", "no parameter in the branches acts along one axis of it alone: coordinates, say"
+        elif axis is None:
+            refused = "axis", "as much shows that one axis carries the features as another"
+        elif width < MIN_WIDTH:
+            refused = "width", f"its axis of features has size {width}: coordinates, say, which are not to be projected"
+        if refused or any(site.channel_dim != axis for _, site in sites):
+            for ref, _ in sites:
+                yield ref, {"channel_dim": -1 if axis is None else axis, "refused": refused}

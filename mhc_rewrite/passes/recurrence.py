@@ -6,9 +6,14 @@ parameters at all of them; layers have parameters of their own, or see the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from torch import fx
+
+from mhc_rewrite.capture import vocabulary
+from mhc_rewrite.passes.lineage import operands
 
 RULE = "recurrence"
 REASON = "a state that is carried on from step to step of an input, with the same parameters: a recurrence over time"
@@ -85,3 +90,27 @@ def _are_steps(turns: Sequence[Turn[Value]]) -> bool:
         if len(places) == len(turns):
             return True
     return False
+
+
+def reading_of_graph(order: Mapping[fx.Node, int], own: Set[Hashable]) -> Reading[fx.Node]:
+    """How to read a captured forward.
+
+    Args:
+        order: its nodes' places.
+        own: the nodes that hold parameters.
+    """
+
+    def slice_of(node: fx.Node) -> tuple[fx.Node, Hashable] | None:
+        if node.op not in ("call_function", "call_method") or vocabulary.name_of(node.target) not in vocabulary.SLICING:
+            return None
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        several = "shape" not in source.meta and slice_of(source)
+        where = (str(node.target), repr(node.args[1:]), repr(node.kwargs))
+        return (several[0], (several[1], where)) if several else (source, where)
+
+    def parameters(node: fx.Node) -> tuple[Hashable, ...]:
+        has = node.op == "call_module" or (node.op == "get_attr" and node in own)
+        return (node.target,) if has else ()
+
+    return Reading(operands, slice_of, parameters, order.__getitem__)

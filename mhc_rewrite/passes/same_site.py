@@ -7,7 +7,7 @@ another capture has it on another line, or with another module in its branch, it
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ class SiteKey:
         home: the innermost module whose call has the whole branch in it.
         frames: the Python frames from the home's forward to the add, outermost first.
         parts: the parameters in its branch, relative to the carrier.
-        occurrence: how many like it came before in one call of the home: loops that share their parameters.
+        occurrence: how many like it came before in one call of the home: turns of a loop that share their parameters.
     """
 
     holder: str = ""
@@ -54,23 +54,37 @@ class Known:
     source: str | None = None
 
 
-def make_key(
-    add: fx.Node, region: set[fx.Node], carrier: nn.Module, parameters: set[Hashable],
-    seen: dict[tuple[int, SiteKey], int],
-) -> SiteKey:  # fmt: skip
-    """The key of an add with this branch; `seen` counts those made before, in execution order.
+def make_keys(
+    groups: Sequence[Sequence[FoundSite]], carrier: nn.Module, parameters: set[Hashable]
+) -> dict[FoundSite, SiteKey]:
+    """The keys of sites; a group are those that follow one another on a trunk, in execution order.
 
-    A module that is called again with trunk and branch in it has the same sites again. Turns of its loops, and calls of
-    a module that does nothing but the add, are other sites.
+    A module that is called again with trunk and branch in it has the same sites again, and so has a whole trunk that
+    the same code runs again, for the next step of a sequence say. Turns of a loop on one trunk, and calls of a module
+    that does nothing but the add, are other sites.
     """
-    calls = add.meta["calls"]
-    began = min((node.meta["serial"] for node in region if "serial" in node.meta), default=0)
+    keys: dict[FoundSite, SiteKey] = {}
+    seen: Counter[tuple[int, SiteKey]] = Counter()
+    trunks: dict[tuple[tuple[int, SiteKey], ...], list[SiteKey]] = {}
+    for group in groups:
+        bare = tuple(_bare_key(site, carrier, parameters) for site in group)
+        if bare not in trunks:
+            trunks[bare] = []
+            for began, key in bare:
+                trunks[bare].append(replace(key, occurrence=seen[began, key]))
+                seen[began, key] += 1
+        keys.update(zip(group, trunks[bare], strict=True))
+    return keys
+
+
+def _bare_key(site: FoundSite, carrier: nn.Module, parameters: set[Hashable]) -> tuple[int, SiteKey]:
+    """When its home's call began, and the key but for the occurrence."""
+    calls = site.add.meta["calls"]
+    began = min((node.meta["serial"] for node in site.region if "serial" in node.meta), default=0)
     level = max(i for i, call in enumerate(calls) if call.serial <= began or i == 0)
     frames = tuple(frame for call in calls[level:] for frame in call.frames)
-    key = SiteKey(add.meta.get("holder", ""), calls[level].module, frames, _parts(region, carrier, parameters))
-    count = seen.setdefault((calls[level].serial, key), 0)
-    seen[calls[level].serial, key] += 1
-    return replace(key, occurrence=count)
+    parts = _parts(site.region, carrier, parameters)
+    return calls[level].serial, SiteKey(site.add.meta.get("holder", ""), calls[level].module, frames, parts)
 
 
 def _parts(region: set[fx.Node], carrier: nn.Module, parameters: set[Hashable]) -> frozenset[str]:

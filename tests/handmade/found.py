@@ -210,6 +210,34 @@ def by_mode_by_hand(model: ByModeInOne, hand: Streams, x: Tensor) -> Tensor:
     return hand.collapse(X)
 
 
+class ByParent(nn.Module):
+    """The layer adds in evaluation, and its parent in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.d = block(), nn.Dropout(0.3)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.d(self.f(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) if self.training else x + self.f(x)
+
+
+class ByParentStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ByParent() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training:
+                x = x + layer.d(layer(x))
+            else:
+                x = layer(x)
+        return x
+
+
 class PooledByMode(nn.Module):
     """Branches without parameters are told by their neighbours."""
 
@@ -456,6 +484,32 @@ def then_recurrent_by_hand(model: ThenRecurrent, hand: Streams, x: Tensor) -> Te
     return model.recur(hand.collapse(X))
 
 
+class AtEveryStep(nn.Module):
+    """Layers at every step of a sequence: one stream a step, with the same sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fs = nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for x_t in x.unbind(1):
+            for f in self.fs:
+                x_t = x_t + f(x_t)
+            out.append(x_t)
+        return torch.stack(out, 1)
+
+
+def at_every_step_by_hand(model: AtEveryStep, hand: Streams, x: Tensor) -> Tensor:
+    out = []
+    for x_t in x.unbind(1):
+        X = hand.expand(x_t)
+        for k, f in enumerate(model.fs):
+            X = hand.site(f"mhc_{k}", X, f)
+        out.append(hand.collapse(X))
+    return torch.stack(out, 1)
+
+
 class SharedSteps(nn.Module):
     """No recurrence: one block for all layers, an embedding a step, and slices that are the same at every step."""
 
@@ -554,6 +608,42 @@ def start(sites: int, flipped: bool, inline: bool) -> Kind:
     )  # fmt: skip
 
 
+class Across(nn.Module):
+    """The second half of the layers is given what came out of the first half, as in a U-Net without resolutions."""
+
+    def __init__(self, layers: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Plain() for _ in range(layers))
+        self.weights = nn.Parameter(torch.full((layers,), 0.6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        half = len(self.layers) // 2
+        for i, layer in enumerate(self.layers):
+            if i >= len(self.layers) - half:
+                x = x + self.weights[i] * kept.pop()
+            x = layer(x)
+            if i < half:
+                kept.append(x)
+        return x
+
+
+class Plain(Adds):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = block()
+
+
+def across_by_hand(model: Across, hand: Streams, x: Tensor) -> Tensor:
+    X, kept = hand.expand(x), []
+    for i, layer in enumerate(model.layers):
+        if i >= 3:
+            X = hand.each(lambda x, skip=model.weights[i] * kept.pop(): x + skip, X)
+        X = hand.site(f"layers.{i}.mhc_0", X, layer.first)
+        kept += [hand.collapse(X)] if i < 2 else []
+    return hand.collapse(X)
+
+
 class Equivariant(nn.Module):
     """A layer of an equivariant graph network: features are a trunk, coordinates are not."""
 
@@ -612,6 +702,7 @@ KINDS = (
     kind("another line in training", ByMode, TOKENS),
     Kind("another line in training, in a loop", ByModeInOne, tokens, by_mode_by_hand,
          (tuple(f"mhc_{k}" for k in range(6)),)),
+    Kind("another module in training", ByParentStack, tokens, by_hand("first"), (names("layers.{}", 3, 1),)),
     kind("another line without parameters", PooledByMode, IMAGE, channel_dim=1),
     kind("flattened image", Flattened, IMAGE, channel_dim=1),
     kind("einops", Rearranged, IMAGE, channel_dim=1),
@@ -628,9 +719,11 @@ KINDS = (
     kind("recurrence in a branch", Recurrent, TOKENS, 2),
     Kind("recurrence after layers", ThenRecurrent, tokens, then_recurrent_by_hand,
          (tuple(f"mhc_{k}" for k in range(3)),)),
+    Kind("layers at every step", AtEveryStep, tokens, at_every_step_by_hand, (("mhc_0", "mhc_1", "mhc_2"),)),
     Kind("one block, several steps", SharedSteps, tokens, shared_steps_by_hand, (("mhc_0", "mhc_1", "mhc_2"),)),
     kind("state space with a skip", StateSpace, TOKENS),
     *(start(sites, flipped, inline) for sites in (1, 2) for flipped in (False, True) for inline in (False, True)),
+    Kind("skips across layers", Across, tokens, across_by_hand, (names("layers.{}", 5, 1),)),
     Kind("equivariant", EquivariantStack, lambda: (features(*TOKENS), features(2, 5, 3)), equivariant_by_hand,
          (names("layers.{}", 3, 1),)),
 )  # fmt: skip

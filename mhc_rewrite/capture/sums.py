@@ -93,7 +93,7 @@ class Sums:
                 return
             dim = self.real(given.get("dim", 0)) % result.dim()
             self._remember(result, items, dim, name == "stack")
-        elif name in ("view", "reshape", "unflatten") and args:
+        elif self.piles and name in ("view", "reshape", "unflatten") and args:
             pile = self._pile(self.real(args[0]))
             if pile is not None and not pile.stacked:
                 shape = self.real(pile.items[0]).shape

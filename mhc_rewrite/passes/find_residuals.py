@@ -233,7 +233,7 @@ class _Finder:
 
     def _ancestors(self, node: fx.Node) -> set[fx.Node]:
         """`node` and all whose values, not only sizes, it is computed from."""
-        seen, todo = {node}, [node]
+        seen, todo = {node}, [] if reads_form(node) else [node]
         while todo:
             for source in todo.pop().all_input_nodes:
                 if source not in seen and not reads_form(source):
@@ -243,7 +243,7 @@ class _Finder:
 
     def _lineage(self, branch: fx.Node) -> set[fx.Node]:
         """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own."""
-        seen, todo = {branch}, [branch]
+        seen, todo = {branch}, [] if reads_form(branch) else [branch]
         while todo:
             node = todo.pop()
             sources = self.sites[node].chain[:1] if node in self.sites else node.all_input_nodes

@@ -156,13 +156,6 @@ class TypedStack(nn.Module):
         return self.layers(x.to(self.trunk))
 
 
-class Holder(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = x + layer(x)
-        return x
-
-
 class SomeHyperConnection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -310,9 +303,6 @@ REFUSALS = {
         ("config.decoder_layerdrop=0.2", "Set config.decoder_layerdrop=0.0")),
     "model.layerdrop": Refusal(lambda: with_attributes(stack(), layerdrop=0.1), UnsupportedModelError,
                                ("layerdrop=0.1", "Set layerdrop=0.0")),
-    "adds in a Sequential": Refusal(
-        lambda: Stack(Block(), Holder(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))), UnsupportedModelError,
-        ("'layers.1'", line(Holder.forward, "x + layer(x)"), "Derive it from nn.Module")),
     "a name that is taken": Refusal(lambda: Stack(Block(), with_attributes(Block(), mhc_0="mine")),
                                     UnsupportedModelError,
                                     ("'layers.1'", "'mhc_0'", "rename it")),

@@ -61,7 +61,8 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
         return [
             Lift(node, trunk, "operand", tuple(other for other in reads if other is not trunk))
             for trunk in candidates
-            if trunk.meta["shape"] == shape and trunk.meta["dtype"].is_floating_point
+            if trunk.meta["shape"] == shape
+            and (trunk.meta["dtype"].is_floating_point or trunk.meta["dtype"].is_complex)
         ]
     moved = axis_operation(node, first.meta["shape"]) if first in inputs else None
     if moved is not None:

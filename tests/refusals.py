@@ -155,13 +155,6 @@ class TypedStack(nn.Module):
         return self.layers(x.to(self.trunk))
 
 
-class Holder(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = x + layer(x)
-        return x
-
-
 class SomeHyperConnection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -300,9 +293,6 @@ REFUSALS = {
         lambda: TypedStack(torch.complex64, torch.complex64), UnsupportedModelError,
         (line(TypedBlock.forward, "return"), "complex64", "torch.float32"),
         inputs=features(torch.complex64)),
-    "adds in a Sequential": Refusal(
-        lambda: Stack(Block(), Holder(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))), UnsupportedModelError,
-        ("'layers.1'", line(Holder.forward, "x + layer(x)"), "Derive it from nn.Module")),
     "a name that is taken": Refusal(lambda: Stack(Block(), with_attributes(Block(), mhc_0="mine")),
                                     UnsupportedModelError,
                                     ("'layers.1'", "'mhc_0'", "rename it")),

@@ -77,6 +77,11 @@ def opaque_calls(seen: Callable[..., Any], inline_checkpoints: bool) -> Iterator
         yield
 
 
+def call_argument(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """How a graph calls a function that it was given: torch.compile can't follow `function.__call__`."""
+    return function(*args, **kwargs)
+
+
 class FunctionMode(TorchFunctionMode):
     """Sees torch functions whether a traced value is among their arguments or not: `torch.rand(3)` must be a node."""
 

@@ -95,6 +95,5 @@ def has_effects(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it."""
     if node.op in ("placeholder", "output", "call_module") or node.meta.get("inplace") or node.meta.get("guard"):
         return True
-    if node.op == "call_method":  # a method of an object that is no tensor, a cache say
-        return bool(node.meta.get("on_object")) and node.target not in vocabulary.FORM
-    return False
+    # A method of an object that is no tensor, a cache say, or a function that the call was given.
+    return bool(node.meta.get("on_object")) and node.target not in vocabulary.FORM

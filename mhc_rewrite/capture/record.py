@@ -234,7 +234,7 @@ class _Recorder(TorchFunctionMode):
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, Any]:
     """Runs `model(*args, **kwargs)` and returns what happened, and the result. The caller protects the state."""
-    args, kwargs = as_now(args), as_now(kwargs)
+    args, kwargs = as_now((args, kwargs))
     recording = Recording()
     recorder = _Recorder(recording)
     handles = []

@@ -39,6 +39,7 @@ _PLACES = {
     "scatter_add": ("dim", "index", "src"),
     "index_put": ("indices", "values", "accumulate"),
 }
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # numpy's names, which torch takes too
 _DIFFERENCES = {"sub": False, "subtract": False, "isub": False, "rsub": True}  # whether the operands are turned round
 _SUMS = vocabulary.ADD | _DIFFERENCES.keys() | _PRODUCTS.keys() | _PLACES.keys() | {"lerp"}
 
@@ -93,7 +94,7 @@ class Sums:
                 return
             dim = self.real(given.get("dim", 0)) % result.dim()
             self._remember(result, items, dim, name == "stack")
-        elif name in ("view", "reshape", "unflatten") and args:
+        elif self.piles and name in ("view", "reshape", "unflatten") and args:
             pile = self._pile(self.real(args[0]))
             if pile is not None and not pile.stacked:
                 shape = self.real(pile.items[0]).shape
@@ -170,7 +171,7 @@ class Sums:
         return lambda: _add(x, getattr(torch, name)(torch.zeros_like(x), **more), 1, 1, in_place)
 
     def _pile_summed(self, name: str, args: Any, kwargs: Any) -> Plain | None:
-        given = _bound(("input", "dim", "keepdim"), args, kwargs)
+        given = _bound(("input", "dim", "keepdim"), args, {_NUMPY.get(key, key): item for key, item in kwargs.items()})
         whole = self.real(given.get("input"))
         pile = self._pile(whole)
         if pile is None or not given.keys() <= {"input", "dim", "keepdim"}:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.children import ChildWatch
-from mhc_rewrite.capture.functions import FunctionMode, calls_seen, is_opaque
+from mhc_rewrite.capture.functions import FunctionMode, call_argument, calls_seen, is_opaque
 from mhc_rewrite.capture.graph import Guard, InlinedCall, ModuleGraph, has_effects, origin
 from mhc_rewrite.capture.reads import attributes_of, same, value_at
 from mhc_rewrite.capture.record import frames_within, user_line
@@ -165,6 +165,8 @@ class ModuleTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         if threading.get_ident() != self.thread:
             self.refuse("it computes in a thread of its own, where a graph can't follow", None)
+        if target == "__call__" and type(args[0]) is TracedValue:
+            kind, target = "call_function", call_argument
         plain = self.sums.plain(target, args, kwargs) if kind != "call_module" else None
         if plain is not None:
             with FunctionMode(self):
@@ -190,6 +192,7 @@ class ModuleTracer(fx.Tracer):
             node.meta.update(serial=next(self.serials), calls=self.calls_here())
             if kind == "call_method" and type(args[0]) in TRACED:
                 node.meta["on_object"] = not isinstance(args[0].value, (Tensor, int, float))
+            node.meta["on_object"] = node.meta.get("on_object", target is call_argument)
             changed = self._written(kind, target, kwargs, inputs, value)
             if changed is not None:
                 node.meta["inplace"] = True
@@ -228,7 +231,7 @@ class ModuleTracer(fx.Tracer):
             run = getattr(owner, target)
             if isinstance(owner, Tensor) or not callable(owner):
                 return run(*real_args, **real_kwargs), {}
-        elif not is_opaque(target):
+        elif target is not call_argument and not is_opaque(target):
             return target(*real_args, **real_kwargs), {}
         tensors = [t for t in tree_leaves((real_args, real_kwargs)) if isinstance(t, Tensor) and t.dim() >= 2]
         self.watch.check_numpy()

@@ -80,7 +80,8 @@ class Captures:
         try:
             with undisturbed(self.model):
                 self.model.train(training)
-                self.model(*as_now(args), **as_now(kwargs))
+                args, kwargs = as_now((args, kwargs))
+                self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -67,7 +67,7 @@ def axis_operation(node: fx.Node, before: tuple[int, ...]) -> AxisOperation | No
     if name in ("view", "reshape"):
         return _reshape(node, before)
     if name == "getitem":
-        return _getitem(node, rank)
+        return indexing(node, rank)
     if name == "pad":
         return _pad(node, rank)
     if name not in _PARAMETERS:
@@ -143,8 +143,8 @@ def _reshape(node: fx.Node, before: tuple[int, ...]) -> AxisOperation | None:
     return AxisOperation(last + first, True, lambda channel_dim: (channel_dim, *sizes), streams.reshape_tokens)
 
 
-def _getitem(node: fx.Node, rank: int) -> AxisOperation | None:
-    """`x[:, :k]`, `x[:, 0]`, `x[..., 1:, :]`, `x[:, kept]`, `x[:, None]`."""
+def indexing(node: fx.Node, rank: int) -> AxisOperation | None:
+    """`x[:, :k]`, `x[:, 0]`, `x[..., 1:, :]`, `x[:, kept]`, `x[:, None]`; the same of what is written to."""
     index: Any = node.args[1]
     entries = list(index) if isinstance(index, (tuple, list)) else [index]
     if isinstance(index, list):

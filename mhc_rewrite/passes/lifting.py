@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.passes.axes import axis_operation
+from mhc_rewrite.passes.axes import axis_operation, indexing
 from mhc_rewrite.sites import streams
 
 
@@ -61,12 +61,17 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
         return [
             Lift(node, trunk, "operand", tuple(other for other in reads if other is not trunk))
             for trunk in candidates
-            if trunk.meta["shape"] == shape and trunk.meta["dtype"].is_floating_point
+            if trunk.meta["shape"] == shape
+            and (trunk.meta["dtype"].is_floating_point or trunk.meta["dtype"].is_complex)
         ]
     moved = axis_operation(node, first.meta["shape"]) if first in inputs else None
     if moved is not None:
         operands = tuple(other for other in inputs if other is not first)
         return [Lift(node, first, "axes", operands, moved.channel_dims, moved.in_order)]  # type: ignore[arg-type]
+    if name == "setitem" and isinstance(node.args[2], (int, float)):  # x[mask] = 0
+        written = indexing(node, len(shape))
+        operands = tuple(other for other in inputs if other is not first)
+        return [Lift(node, first, "written", operands, written.channel_dims)] if written else []  # type: ignore[arg-type]
     return []
 
 
@@ -189,6 +194,13 @@ def _axes(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim
     return graph.call_function(operation.target, args)
 
 
+def _written(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    operation = indexing(lift.node, len(lift.trunk.meta["shape"]))
+    assert operation is not None
+    (index,) = fx.node.map_arg(operation.arguments(channel_dim), mapped)
+    return graph.call_function(streams.with_number, (source, index, lift.node.args[2]))
+
+
 def _dropout(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
     args, kwargs = _arguments(lift, source, mapped)
     given = dict(zip(("input", "p", "train"), args, strict=False)) | dict(kwargs)
@@ -236,6 +248,7 @@ _WRITERS = {
     "same": _same,
     "operand": _operand,
     "axes": _axes,
+    "written": _written,
     "dropout": _dropout,
     "dropout module": _dropout_module,
     "module": _module,

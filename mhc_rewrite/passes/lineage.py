@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """`node` and all whose values, not only sizes, it is computed from."""
-    seen, todo = {node}, [node]
+    seen, todo = {node}, [] if reads_form(node) else [node]
     while todo:
         for source in todo.pop().all_input_nodes:
             if source not in seen and not reads_form(source):
@@ -27,7 +27,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 def lineage(branch: fx.Node, sites: Mapping[fx.Node, FoundSite]) -> set[fx.Node]:
     """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own."""
-    seen, todo = {branch}, [branch]
+    seen, todo = {branch}, [] if reads_form(branch) else [branch]
     while todo:
         node = todo.pop()
         sources = sites[node].chain[:1] if node in sites else node.all_input_nodes

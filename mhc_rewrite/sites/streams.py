@@ -81,6 +81,13 @@ def reshape_tokens(streams: Tensor, channel_dim: int, *shape: Any) -> Tensor:
     return streams.reshape(*streams.shape[:3], *sizes[2:])
 
 
+def with_number(streams: Tensor, index: Any, value: float) -> Tensor:
+    """`streams[index] = value`, on a copy: streams may share memory."""
+    written = streams.clone(memory_format=torch.contiguous_format)
+    written[index] = value
+    return written
+
+
 def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
     """What a site's `pre` hands to its `post`, where the trunk's tokens were reshaped between the two."""
     post, res = mix

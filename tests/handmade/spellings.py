@@ -147,6 +147,9 @@ SPELLINGS: dict[str, Spelling] = {
     "stack, mean": Spelling(
         lambda m, x: 2 * torch.mean(torch.stack([x, m.f(x)], dim=1), dim=1), lambda m, u: m.f(u)
     ),
+    "stack, numpy's names": Spelling(
+        lambda m, x: torch.stack((x, m.f(x)), 2).sum(axis=2, keepdims=True).squeeze(2), lambda m, u: m.f(u)
+    ),
     "cat, sum": Spelling(lambda m, x: torch.cat([x[None], m.f(x)[None]]).sum(0), lambda m, u: m.f(u)),
     "cat, view, sum": Spelling(cat_and_view, lambda m, u: m.f(u)),
     "sum of a list": Spelling(lambda m, x: sum([x, m.f(x)]), lambda m, u: m.f(u)),
@@ -154,6 +157,7 @@ SPELLINGS: dict[str, Spelling] = {
     "reduce": Spelling(
         lambda m, x: functools.reduce(operator.add, [x, m.f(x), m.linear(x)]), lambda m, u: m.f(u) + m.linear(u)
     ),
+    "onto zeros": Spelling(lambda m, x: torch.zeros_like(x) + x + m.f(x), lambda m, u: m.f(u)),
     "copy_": Spelling(out_of_nowhere, lambda m, u: m.f(u)),
     "written over": Spelling(written_over, lambda m, u: m.f(u)),
     "index_add": Spelling(lambda m, x: x.index_add(1, rows(x), m.f(x[:, rows(x)])), f_of_rows),

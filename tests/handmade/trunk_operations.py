@@ -48,6 +48,17 @@ def masked_in_place(layer: Layer, x: Tensor) -> Tensor:
     return x
 
 
+def written_to(*index: object) -> Operation:
+    """`x[index] = 0.5`; the layer's mask where it says "mask"."""
+
+    def run(layer: Layer, x: Tensor) -> Tensor:
+        mask = layer.mask[:, 0] if layer.first else layer.mask[..., 0]
+        x[tuple(mask if entry == "mask" else entry for entry in index)] = 0.5
+        return x
+
+    return run
+
+
 def clamped_in_place(layer: Layer, x: Tensor) -> Tensor:
     x.clamp_(-1, 1.5)
     return x
@@ -82,6 +93,8 @@ CHANNELS_LAST: dict[str, Operation] = {
     "repeat_interleave": lambda m, x: x.repeat_interleave(2, dim=-2),
     "masked_fill": lambda m, x: x.masked_fill(m.mask, 0.0),
     "masked_fill_": masked_in_place,
+    "x[mask] = 0.5": written_to("mask"),
+    "x[:, 1:, 2] = 0.5": written_to(slice(None), slice(1, None), 2),
     "where": lambda m, x: torch.where(~m.mask, x, 0.0),
     "where, the other": lambda m, x: torch.where(m.mask, torch.zeros_like(x), x),
     "x.where": lambda m, x: x.where(~m.mask, m.offset),
@@ -111,6 +124,7 @@ CHANNELS_FIRST: dict[str, Operation] = {
     "index_select": lambda m, x: torch.index_select(x, -1, m.kept % x.shape[-1]),
     "masked_fill": lambda m, x: x.masked_fill(m.mask, 1.0),
     "masked_fill_": masked_in_place,
+    "x[..., 1] = 0.5": written_to(..., 1),
     "where": lambda m, x: torch.where(~m.mask[0, 0], x, m.offset),
     "x * mask": lambda m, x: ~m.mask * x,
     "clamp_": clamped_in_place,

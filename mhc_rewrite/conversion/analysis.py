@@ -40,14 +40,14 @@ class CarrierWiring:
         inlined: names of the modules captured as part of it.
         targets: adds to rewrite, by key.
         known: all residual adds that the example showed, by key.
-        entries: leaf path -> (rank of the trunk, stream number, whether it may come in as streams).
+        entries: leaf path -> (rank of the trunk, stream number).
         leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
     """
 
     inlined: set[str] = field(default_factory=set)
     targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
     known: set[SiteKey] = field(default_factory=set)
-    entries: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
+    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
     leaves: dict[int, list[bool]] = field(default_factory=dict)
 
 
@@ -386,19 +386,12 @@ def _wire(
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
             holder = ref.holder[len(ref.carrier) :].lstrip(".")
             wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
-    # A carrier that only ever begins a stream never gets one: an axis more is a mistake there.
-    opening = {refs[0].carrier for refs in kept} - {
-        ref.carrier
-        for refs in kept
-        for before, ref in pairwise(refs)
-        if before.carrier != ref.carrier or ref == refs[0]
-    }
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
             carriers[call.name].known.update(site.key for site in trunk.sites)
             target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
-                entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)
+                entry = len(trunk.source.meta["shape"]), target.stream
                 carriers[call.name].entries[trunk.source.meta["leaf"]] = entry
     for number, (refs, again) in enumerate(zip(kept, repeated, strict=True)):
         calls: list[tuple[str, int]] = []

@@ -208,8 +208,7 @@ def _first_variants(
     ways = set()
     for turn in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
         arriving = tuple(
-            number for _, number, may_arrive in carrier.wiring.entries.values()
-            if may_arrive and not (turn == 0 and first[number] == carrier.name)
+            number for _, number in carrier.wiring.entries.values() if turn or first[number] != carrier.name
         )  # fmt: skip
         ways.add((arriving, carrier.leaving(dict.fromkeys(carrier.wiring.leaves, turn))))
     for arriving, leaving in ways:

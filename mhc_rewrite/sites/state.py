@@ -60,8 +60,8 @@ class StreamState(Tensor):
                 return _register_hook(first, *args[1:], **kwargs)
             if name == "contiguous":
                 return first
-            if name in _COPIES:
-                return _copy(func, first, plain(args[1:]), plain(kwargs))
+            if name in _COPIES or (name == "view_as" and args[1] is first):
+                return _copy(name, func, first, plain(args[1:]), plain(kwargs))
         if func is torch.autograd.grad:
             return _gradients(*args, **kwargs)
         target = _written_to(name, args, kwargs)
@@ -80,17 +80,26 @@ def _kind(channel_dim: int, reads_as: str) -> type[StreamState]:
 KINDS = {(dim, how): _kind(dim, how) for dim in (-1, 1) for how in ("mean", "sum", "itself")}
 
 
+def _refuse(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    raise NotImplementedError(f"{func} below Python, on streams that have no memory")
+
+
+# For streams that are no plain tensors themselves, fake ones say: only the attribute is read.
+SHELLS = {
+    key: type(kind.__name__, (kind,), {"__torch_dispatch__": classmethod(_refuse)}) for key, kind in KINDS.items()
+}
+
+
 def state(
     streams: Tensor, channel_dim: int, reads_as: str, number: int, turns: int, in_graph: bool = True
 ) -> StreamState:
     """Streams as a state. `in_graph`: whether the graph of `streams` is the one that gradients will take."""
-    kind = KINDS[channel_dim, reads_as]
     if torch.compiler.is_dynamo_compiling() or type(streams) is Tensor:
-        made = streams.as_subclass(kind)
-    else:  # a tensor of another class, a fake one say: only its attribute is read
+        made = streams.as_subclass(KINDS[channel_dim, reads_as])
+    else:
         form = streams if reads_as == "itself" else one_stream(streams, channel_dim)
         made = Tensor._make_wrapper_subclass(
-            kind, form.shape, dtype=form.dtype, device=form.device, layout=form.layout,
+            SHELLS[channel_dim, reads_as], form.shape, dtype=form.dtype, device=form.device, layout=form.layout,
             requires_grad=streams.requires_grad,
         )  # fmt: skip
     made.streams = streams if in_graph else None
@@ -151,17 +160,24 @@ def _made(streams: Tensor, kind: type[StreamState], number: int, turns: int, in_
     return state(streams, kind.channel_dim, kind.reads_as, number, turns, in_graph)
 
 
+@torch.compiler.assume_constant_result
 def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", "")
+    name: str = getattr(func, "__name__", "")
     return func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name
 
 
-def _copy(func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:
+def _copy(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}  # a layout of the mean's
     if not args and not kwargs and func is Tensor.to:
         return state
-    copied = func(streams_of(state), *args, **kwargs)
-    return _like(state, copied) if isinstance(copied, Tensor) else copied
+    streams = streams_of(state)
+    if name == "view_as":
+        args = (streams,)
+    copied = func(streams, *args, **kwargs)
+    if not isinstance(copied, Tensor):
+        return copied
+    # A function of autograd that returns what it got asks for a view of it, without gradients, and has the graph later.
+    return _like(state, copied, torch.is_grad_enabled() or not state.requires_grad)
 
 
 def _ask_books(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import CarrierWiring
 from mhc_rewrite.conversion.captures import capture_forward, plain_attributes
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
+from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.errors import StreamError, UnseenCallError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
@@ -58,6 +59,7 @@ class CarrierRole:
 
     Attributes:
         channel_dims: of the streams that it holds sites of, by their numbers.
+        places_in, places_out: where a trunk comes in and goes out.
     """
 
     name: str
@@ -67,6 +69,13 @@ class CarrierRole:
     shape: CallShape
     channel_dims: dict[int, int]
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    places_in: Places = field(default_factory=dict)
+    places_out: Places = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path, (rank, number) in self.wiring.entries.items():
+            if path in self.shape.names:
+                self.places_in[self.shape.names.index(path)] = rank, self.channel_dims[number]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CarrierRole:
         # Functions take the module as an argument, so copies of a model share them.
@@ -242,6 +251,10 @@ class CarrierRole:
             fuse_site_calls(rewrite.graph)
             guards = compile_graph(guard_graph(captured), "guards") if captured.guards else None
             rewrites[like] = rewrite, compile_graph(rewrite.graph, type(module).__name__), guards
+        for trunk in residuals.trunks:
+            end = trunk.after[-1].node if trunk.after else trunk.sites[-1].add
+            place = len(end.meta["shape"]), trunk.sites[-1].channel_dim
+            self.places_out.update(dict.fromkeys(trunk.sinks, place))
         rewrite, function, guards = rewrites[like]
         variant = Variant(
             function=function,

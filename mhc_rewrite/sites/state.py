@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mhc_rewrite.sites.streams import collapse, one_stream, stream_dim
+from mhc_rewrite.sites.streams import collapse, collapse_gradient, one_stream, spread_gradient
 from mhc_rewrite.torch_private import never_an_input_of_graphs
 
 # What every stream answers as the mean does.
@@ -64,6 +64,8 @@ class StreamState(Tensor):
                 return _copy(name, func, first, plain(args[1:]), plain(kwargs))
         if func is torch.autograd.grad:
             return _gradients(*args, **kwargs)
+        if func is torch.autograd.backward:
+            return _backward(*args, **kwargs)
         target = _written_to(name, args, kwargs)
         if target is None:
             return func(*plain(args), **plain(kwargs))
@@ -191,7 +193,7 @@ def _ask_books(name: str, func: Any, state: StreamState, args: Any, kwargs: Any)
 
 
 def _as_gradient(state: StreamState, gradient: Tensor) -> Tensor:
-    """The trunk's gradient is the sum of the streams': to move it is to move them all."""
+    """A gradient of the streams, which reads as the trunk's."""
     if type(state).reads_as == "itself" or isinstance(gradient, StreamState):
         return gradient
     return _made(gradient, KINDS[type(state).channel_dim, "sum"], state.number, state.turns, True)
@@ -203,11 +205,8 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
     def seen(gradient: Tensor) -> Any:
         if whole:
             return hook(gradient)
-        total = collapse(gradient, dim, "sum")
-        other = hook(total)
-        if other is None:
-            return None
-        return gradient + ((other - total) / gradient.shape[stream_dim(dim)]).unsqueeze(stream_dim(dim))
+        other = hook(collapse_gradient(gradient, dim))
+        return None if other is None else spread_gradient(other, gradient, dim)
 
     with torch._C.DisableTorchFunctionSubclass():
         return state.register_hook(seen)
@@ -215,12 +214,27 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
 
 def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    with torch.enable_grad():
+        outputs = plain(outputs)
     with torch._C.DisableTorchFunctionSubclass():  # the objects themselves are in the graph
-        found = torch.autograd.grad(plain(outputs), given, *plain(args), **plain(kwargs))
+        found = torch.autograd.grad(outputs, given, *plain(args), **plain(kwargs))
     return tuple(
         plain(_as_gradient(x, gradient)) if isinstance(x, StreamState) and gradient is not None else gradient
         for x, gradient in zip(given, found, strict=True)
     )
+
+
+def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Reentrant checkpoints run it with the gradients of the streams."""
+    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    given = (grad_tensors,) if isinstance(grad_tensors, Tensor) else tuple(grad_tensors or [None] * len(roots))
+    with torch.enable_grad():  # whatever the mode is, what a state reads as is part of its graph
+        own = [
+            root if is_state(root) and gradient is not None and gradient.dim() > root.dim() else plain(root)
+            for root, gradient in zip(roots, given, strict=True)
+        ]
+    with torch._C.DisableTorchFunctionSubclass():  # the inputs are the objects themselves
+        torch.autograd.backward(own, None if grad_tensors is None else plain(given), *args, **kwargs)
 
 
 def _written_to(name: str, args: Any, kwargs: Any) -> StreamState | None:

@@ -419,3 +419,118 @@ def test_another_container() -> None:
     parts = {"embed": model.embed, **{f"b{i}": block for i, block in enumerate(model.blocks)}, "norm": model.norm}
     found = means(states(original, model, x))
     compare(list(LayerGetter(parts)(x).values()), [*found, original.norm(found[-1])], original, model)
+
+
+def test_kept_outputs_as_leaves() -> None:
+    """A copy that takes a gradient of its own is a plain tensor."""
+    original, model = converted()
+    leaf = kept_states(model)[1].detach().requires_grad_()
+    nn.functional.relu(leaf).cos().sum().backward()
+    twin = leaf.clone().detach().requires_grad_()
+    nn.functional.relu(twin).cos().sum().backward()
+    assert leaf.grad.shape == (2, 6, WIDTH) and torch.allclose(leaf.grad, twin.grad, rtol=TIGHT)
+    hand = Streams(dict(oracle.site_parameters(model)), N)
+    X = prenorm_by_hand(original.blocks[2], hand, "blocks.2", hand.expand(twin))
+    assert torch.allclose(model.norm(model.blocks[2](leaf)), original.norm(X.mean(-2)), rtol=TIGHT)
+
+
+def test_gradients_at_the_end_of_a_stream() -> None:
+    """Behind a last norm the layer gives a plain trunk: hooks see its gradient as it is."""
+    torch.manual_seed(0)
+    model = mhcify(nn.Sequential(PostNorm(), PostNorm(), nn.Linear(WIDTH, 3)).double(), (x,), n_streams=N)
+    oracle.perturb(model)
+    seen: dict[str, Any] = {}
+
+    def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.retain_grad()
+        out.register_hook(lambda gradient: seen.setdefault("hook", gradient))
+        seen["out"] = out
+
+    model[1].register_forward_hook(keep)
+    model[1].register_full_backward_hook(lambda module, into, out: seen.update(full=out[0]))
+    model(x).sum().backward()
+    want = model[2].weight.sum(0).expand(2, 6, WIDTH)
+    (given,) = torch.autograd.grad(model(x).sum(), seen["out"])
+    for got in (seen["hook"], seen["full"], given):
+        assert torch.allclose(got, want, rtol=TIGHT)
+
+
+# Other people's extractors
+
+
+def resnet(name: str = "resnet18") -> tuple[nn.Module, Tensor]:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).double().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+    return model, torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+
+def blocks_by_hand(original: nn.Module, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """torchvision's ResNet-18: what every stage gives; the second block of a stage has the sites of `layer1` alone."""
+    hand = Streams(dict(oracle.site_parameters(model)), N, channel_dim=1)
+    x = original.maxpool(original.relu(original.bn1(original.conv1(image))))
+    found = {}
+    X = hand.expand(x)
+    for number, block in enumerate(original.layer1):
+        branch = lambda u, b=block: b.bn2(b.conv2(b.relu(b.bn1(b.conv1(u)))))  # noqa: E731
+        X = hand.site(f"layer1.{number}.mhc_0", X, branch)
+        if number == 0:
+            X = hand.each(torch.relu, X)
+            found["layer1.0"] = hand.collapse(X)
+    found["layer1"] = torch.relu(hand.collapse(X))
+    x = found["layer1"]
+    for stage in ("layer2", "layer3", "layer4"):
+        x = found[stage] = getattr(original, stage)(x)
+    return found
+
+
+def test_torchvision_extractors() -> None:
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    utils = pytest.importorskip("torchvision.models._utils")
+    original, image = resnet()
+    model = mhcify(copy.deepcopy(original), (image,), n_streams=N)
+    oracle.perturb(model)
+    want = blocks_by_hand(original, model, image)
+    nodes = ["layer1.0", "layer1", "layer3"]
+    traced = feature_extraction.create_feature_extractor(model, {"layer1.0": "layer1.0", "layer1.1": "layer1"})(image)
+    getter = utils.IntermediateLayerGetter(model, {"layer1": "layer1", "layer3": "layer3"})(image)
+    before = feature_extraction.create_feature_extractor(copy.deepcopy(original), ["layer1.0.relu_1", "layer3"])
+    assert set(traced) == {"layer1.0", "layer1"} and nodes
+    for got in (traced, getter):
+        for name, tensor in got.items():
+            assert tensor.shape == want[name].shape and torch.allclose(tensor, want[name], rtol=1e-8, atol=1e-10), name
+    # An extractor can be converted as well.
+    extractor = mhcify(before, (image,), n_streams=N)
+    assert [t.shape for t in extractor(image).values()] == [want["layer1"].shape, want["layer3"].shape]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_timm(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    size = {"img_size": 32} if name.startswith("vit") else {}
+    torch.manual_seed(0)
+    original = timm.create_model(name, num_classes=3, **size).double().eval()
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = mhcify(copy.deepcopy(original), (image,), n_streams=N)
+    shapes = [t.shape for t in original.forward_intermediates(image, intermediates_only=True)]
+    same = model.forward_intermediates(image, intermediates_only=True)
+    plain = original.forward_intermediates(image, intermediates_only=True)
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-8) for a, b in zip(same, plain, strict=True))
+    oracle.perturb(model)
+    kept: list[Any] = []
+    layers = model.blocks if name.startswith("vit") else [getattr(model, f"layer{i}") for i in range(1, 5)]
+    handles = [layer.register_forward_hook(lambda *given: kept.append(given[-1])) for layer in layers]
+    model(image)
+    for handle in handles:
+        handle.remove()
+    got = model.forward_intermediates(image, intermediates_only=True)
+    assert [t.shape for t in got] == shapes
+    if name.startswith("vit"):
+        means = [t[:, 1:].transpose(1, 2).unflatten(2, (2, 2)) for t in kept]
+        assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(got, means, strict=True))
+    else:
+        assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(got[1:], kept, strict=True))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mhc_rewrite.sites.streams import collapse, collapse_gradient, one_stream, spread_gradient
+from mhc_rewrite.sites.streams import collapse_gradient, one_stream, read_mean, spread_gradient
 from mhc_rewrite.torch_private import never_an_input_of_graphs
 
 # What every stream answers as the mean does.
@@ -20,7 +20,7 @@ _FORM = frozenset({"shape", "size", "dtype", "device", "dim", "ndim", "numel", "
                    "is_floating_point", "is_complex", "get_device", "element_size", "is_meta", "is_sparse",
                    "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "__len__"})  # fmt: skip
 # What belongs to the object in autograd's books, whoever asks.
-_BOOKS = frozenset({"requires_grad", "requires_grad_", "grad", "_grad", "grad_fn", "is_leaf", "retain_grad",
+_BOOKS = frozenset({"requires_grad", "grad", "_grad", "grad_fn", "is_leaf", "retain_grad",
                     "retains_grad", "output_nr", "_version", "_backward_hooks"})  # fmt: skip
 _COPIES = frozenset(
     {"clone", "detach", "to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "pin_memory"}
@@ -33,7 +33,7 @@ class StreamState(Tensor):
 
     Attributes:
         channel_dim: of the trunk.
-        reads_as: "mean"; "sum", which gradients are; or "itself": what came out where a stream ended, no state.
+        reads_as: "mean"; or "itself": what came out where a stream ended, no state.
         streams: the same as a plain tensor in autograd's graph, for compiled code; None where it isn't in the graph.
         number: of the stream.
         turns: how often the module that ends the stream has passed it on.
@@ -56,6 +56,8 @@ class StreamState(Tensor):
                 return func(_form(first), *args[1:], **kwargs)
             if name in _BOOKS:
                 return _ask_books(name, func, first, args[1:], kwargs)
+            if name == "requires_grad_":
+                return _start_a_graph(first, *args[1:], **kwargs)
             if name == "register_hook":
                 return _register_hook(first, *args[1:], **kwargs)
             if name == "contiguous":
@@ -79,7 +81,7 @@ def _kind(channel_dim: int, reads_as: str) -> type[StreamState]:
     return kind
 
 
-KINDS = {(dim, how): _kind(dim, how) for dim in (-1, 1) for how in ("mean", "sum", "itself")}
+KINDS = {(dim, how): _kind(dim, how) for dim in (-1, 1) for how in ("mean", "itself")}
 
 
 def _refuse(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,7 +148,7 @@ def _value(state: StreamState) -> Tensor:
         return state.written
     how = type(state).reads_as
     streams = streams_of(state)
-    return streams if how == "itself" else collapse(streams, type(state).channel_dim, how)
+    return streams if how == "itself" else read_mean(streams, type(state).channel_dim)
 
 
 def _form(state: StreamState) -> Tensor:
@@ -185,18 +187,20 @@ def _copy(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> A
 def _ask_books(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         answer = func(state, *args, **kwargs)
-        if name.startswith("requires_grad") and not isinstance(answer, bool) and _is_memory(state):
+        if name == "requires_grad" and answer is None and _is_memory(state):  # it was set
             state.streams = state.as_subclass(Tensor)
-    if name in ("grad", "_grad") and isinstance(answer, Tensor):
-        return _as_gradient(state, answer)
-    return state if isinstance(answer, Tensor) else answer
+    if isinstance(answer, Tensor):
+        # A leaf is a copy that checkpoints make, to hand on the gradients of the streams.
+        whole = state.is_leaf or not is_state(state)
+        return answer if whole else collapse_gradient(answer, type(state).channel_dim)
+    return answer
 
 
-def _as_gradient(state: StreamState, gradient: Tensor) -> Tensor:
-    """A gradient of the streams, which reads as the trunk's."""
-    if type(state).reads_as == "itself" or isinstance(gradient, StreamState):
-        return gradient
-    return _made(gradient, KINDS[type(state).channel_dim, "sum"], state.number, state.turns, True)
+def _start_a_graph(state: StreamState, requires_grad: bool = True) -> Tensor:
+    """Somebody asks for the gradient of this very tensor, so it is no part of a stream any longer."""
+    if requires_grad and not state.requires_grad:
+        state.written = _value(state).detach().requires_grad_()
+    return state
 
 
 def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
@@ -216,10 +220,11 @@ def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with torch.enable_grad():
         outputs = plain(outputs)
+    given = tuple(x.written if isinstance(x, StreamState) and x.written is not None else x for x in given)
     with torch._C.DisableTorchFunctionSubclass():  # the objects themselves are in the graph
         found = torch.autograd.grad(outputs, given, *plain(args), **plain(kwargs))
     return tuple(
-        plain(_as_gradient(x, gradient)) if isinstance(x, StreamState) and gradient is not None else gradient
+        collapse_gradient(gradient, type(x).channel_dim) if is_state(x) and gradient is not None else gradient
         for x, gradient in zip(given, found, strict=True)
     )
 

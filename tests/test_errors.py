@@ -243,20 +243,3 @@ def test_adds_that_the_example_did_not_show() -> None:
     message = str(caught.value)
     assert "'layers.0'" in message and line(Further.forward, "if further else x") in message
     assert "further=True" in message and "Convert again with example inputs of this kind" in message
-
-
-def test_a_stream_that_is_not_collapsed() -> None:
-    """The model is changed after the conversion: its last layer is gone, and its own code reads the trunk."""
-
-    class Doubling(Stack):
-        def forward(self, x: Tensor, **options: Any) -> Tensor:
-            for layer in self.layers:
-                x = layer(x, **options)
-            return x * 2
-
-    model = mhcify(Doubling(Block(), Block(), Block()), features())
-    model.layers = model.layers[:2]
-    with pytest.raises(StreamError) as caught:
-        model(*features())
-    message = str(caught.value)
-    assert "the model" in message and "'layers.2'" in message and "unmhcify(model), then mhcify" in message

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mhc_rewrite.capture.call import CallShape
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
+from mhc_rewrite.conversion.hooks import OnTheTrunk, adapt, give_back
 from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
@@ -56,6 +57,12 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
             return original(self, *args, **kwargs)
         return role.run(self, original, args, kwargs)
 
+    def full(self: Any, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return base.register_full_backward_hook(self, OnTheTrunk(hook), prepend)
+
+    def full_pre(self: Any, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return base.register_full_backward_pre_hook(self, OnTheTrunk(hook), prepend)
+
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _rebuild, (base, hides_sites), state
@@ -64,7 +71,8 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
     namespace = {
         **{name: _contents(base, name) for name in contents},
         "forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__, "_mhc_base": base,
+        "__doc__": base.__doc__, "_mhc_base": base, "register_full_backward_hook": full,
+        "register_full_backward_pre_hook": full_pre,
     }  # fmt: skip
     return type(base.__name__, (base,), namespace)
 
@@ -125,6 +133,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
             module.__dict__[_ROLE] = role
             kind: Any = type(module)
             module.__class__ = converted_class(kind, _contains_a_site(module))
+            adapt(module)
     except BaseException:
         _restore(model)
         for holder, name in added:
@@ -147,6 +156,7 @@ def _restore(model: nn.Module) -> None:
         if role is not None:
             for attribute, value in role.settings.items():
                 setattr(module, attribute, value)
+            give_back(module)
             del module.__dict__[_ROLE]
             module.__class__ = type(module)._mhc_base  # type: ignore[attr-defined]
 
@@ -248,8 +258,7 @@ def _first_variants(
     ways = set()
     for turn in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
         arriving = tuple(
-            number for _, number, may_arrive in carrier.wiring.entries.values()
-            if may_arrive and not (turn == 0 and first[number] == carrier.name)
+            number for _, number in carrier.wiring.entries.values() if turn or first[number] != carrier.name
         )  # fmt: skip
         ways.add((arriving, carrier.leaving(dict.fromkeys(carrier.wiring.leaves, turn))))
     for arriving, leaving in ways:

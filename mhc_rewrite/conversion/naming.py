@@ -30,14 +30,14 @@ class CarrierWiring:
         inlined: names of the modules captured as part of it.
         targets: adds to rewrite, by key.
         known: what is settled about all residual adds that the example showed, by key.
-        entries: leaf path -> (rank of the trunk, stream number, whether it may come in as streams).
+        entries: leaf path -> (rank of the trunk, stream number).
         leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
     """
 
     inlined: set[str] = field(default_factory=set)
     targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
     known: dict[SiteKey, Known] = field(default_factory=dict)
-    entries: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
+    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
     leaves: dict[int, list[bool]] = field(default_factory=dict)
 
 
@@ -138,18 +138,11 @@ def wire(
             wiring = carriers[ref.carrier]
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
             wiring.targets[ref.key] = SiteTarget(path, number)
-    # A carrier that only ever begins a stream never gets one: an axis more is a mistake there.
-    opening = {refs[0].carrier for refs in kept} - {
-        ref.carrier
-        for refs in kept
-        for before, ref in pairwise(refs)
-        if before.carrier != ref.carrier or ref == refs[0]
-    }
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
             target = carriers[call.name].targets.get(trunk.sites[0].key)
             if target is not None and trunk.source is not None:
-                entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)
+                entry = len(trunk.source.meta["shape"]), target.stream
                 carriers[call.name].entries[trunk.source.meta["leaf"]] = entry
     for number, (refs, again) in enumerate(zip(kept, repeated, strict=True)):
         calls: list[tuple[str, int]] = []

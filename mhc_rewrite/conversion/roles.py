@@ -11,18 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture.call import CallShape, describe, flatten, replace_leaves
 from mhc_rewrite.capture.graph import ModuleGraph
 from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import alone, under_way
+from mhc_rewrite.capture.values import TracedValue
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
+from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.conversion.naming import CarrierWiring
-from mhc_rewrite.errors import StreamError, UnseenCallError
+from mhc_rewrite.errors import StreamError, UnseenCallError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
@@ -65,6 +67,7 @@ class CarrierRole:
 
     Attributes:
         channel_dims: of the streams that it holds sites of, by their numbers.
+        places_in, places_out: where a trunk comes in and goes out.
     """
 
     name: str
@@ -74,6 +77,13 @@ class CarrierRole:
     shape: CallShape
     channel_dims: dict[int, int]
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    places_in: Places = field(default_factory=dict)
+    places_out: Places = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path, (rank, number) in self.wiring.entries.items():
+            if path in self.shape.names:
+                self.places_in[self.shape.names.index(path)] = rank, self.channel_dims[number]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CarrierRole:
         # Functions take the module as an argument, so copies of a model share them.
@@ -87,6 +97,9 @@ class CarrierRole:
     ) -> Any:
         bound = self.shape.bind(args, kwargs)
         key, given = flatten(bound)
+        for value in given.values():
+            if isinstance(value, fx.Proxy) and not isinstance(value, TracedValue):
+                return self.as_leaf(module, value.tracer, args, kwargs)
         turns = self.turns(given)
         arriving, leaving = tuple(turns), self.leaving(turns)
         leaves = self.as_plain(given, turns)
@@ -96,7 +109,7 @@ class CarrierRole:
         result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
         if not outgoing or not self.name:  # nobody takes up the streams of a whole model
             return result
-        # Autograd takes what a function returns that ran without it, a reentrant checkpoint say, into its graph later.
+        # A reentrant checkpoint runs without gradients, and its result gets them later.
         in_graph = torch.is_grad_enabled() or not any(
             isinstance(x, Tensor) and x.requires_grad for x in leaves.values()
         )
@@ -109,10 +122,20 @@ class CarrierRole:
         with recompute.recomputation():
             return variant.function(*arguments)
 
+    def as_leaf(self, module: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        """This call in a graph that somebody traces, a feature extractor say: what it does depends on its arguments."""
+        if module is tracer.root:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}, a converted model, can't be traced as one graph: its forward holds residual "
+                "adds itself, and does what its arguments ask for. Trace the model first and convert what comes out."
+            )
+        proxy: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+        return proxy
+
     def turns(self, leaves: dict[str, Any]) -> dict[int, int]:
         """The streams that come in as streams, and how often each has passed the carrier that ends it."""
         found = {}
-        for path, (rank, number, may_arrive) in self.wiring.entries.items():
+        for path, (rank, number) in self.wiring.entries.items():
             value = leaves.get(path)
             if isinstance(value, StreamState):
                 if value.number != number or value.written is not None:
@@ -125,13 +148,10 @@ class CarrierRole:
                     )
                 found[number] = value.turns
             elif isinstance(value, Tensor) and value.dim() != rank:
-                # Functions of autograd that hand on what they get, those of backward hooks say, lose the class.
-                if not may_arrive or value.dim() != rank + 1:
-                    raise StreamError(
-                        f"{self.name or 'the model'!r} was converted for {rank} axes in {path!r} and got "
-                        f"{value.dim()}. Call it as the example inputs did, or convert again with others."
-                    )
-                found[number] = 0
+                raise StreamError(
+                    f"{self.name or 'the model'!r} was converted for {rank} axes in {path!r} and got {value.dim()}. "
+                    "Call it as the example inputs did, or convert again with others."
+                )
         return found
 
     def leaving(self, turns: dict[int, int]) -> tuple[int, ...]:
@@ -143,7 +163,7 @@ class CarrierRole:
         found = dict(leaves)
         for path, value in leaves.items():
             if isinstance(value, StreamState):
-                _, number, _ = self.wiring.entries.get(path, (0, -1, False))
+                _, number = self.wiring.entries.get(path, (0, -1))
                 found[path] = streams_of(value) if number in arriving else plain(value)
         return found
 
@@ -221,7 +241,7 @@ class CarrierRole:
     ) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
         found = dict(leaves)
-        for path, (_, number, _) in self.wiring.entries.items():
+        for path, (_, number) in self.wiring.entries.items():
             if number in arriving and path in found:
                 found[path] = read(found[path], self.channel_dims[number])
         return found
@@ -251,6 +271,10 @@ class CarrierRole:
             fuse_site_calls(rewrite.graph)
             guards = compile_graph(guard_graph(captured), "guards") if captured.guards else None
             rewrites[like] = rewrite, compile_graph(rewrite.graph, type(module).__name__), guards
+        for trunk in residuals.trunks:
+            end = trunk.after[-1].node if trunk.after else trunk.sites[-1].add
+            place = len(end.meta["shape"]), trunk.sites[-1].channel_dim
+            self.places_out.update(dict.fromkeys(trunk.sinks, place))
         rewrite, function, guards = rewrites[like]
         variant = Variant(
             function=function,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mhc_rewrite.sites.streams import collapse, one_stream, stream_dim
+from mhc_rewrite.sites.streams import collapse_gradient, one_stream, read_mean, spread_gradient
 from mhc_rewrite.torch_private import never_an_input_of_graphs
 
 # What every stream answers as the mean does.
@@ -20,7 +20,7 @@ _FORM = frozenset({"shape", "size", "dtype", "device", "dim", "ndim", "numel", "
                    "is_floating_point", "is_complex", "get_device", "element_size", "is_meta", "is_sparse",
                    "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "__len__"})  # fmt: skip
 # What belongs to the object in autograd's books, whoever asks.
-_BOOKS = frozenset({"requires_grad", "requires_grad_", "grad", "_grad", "grad_fn", "is_leaf", "retain_grad",
+_BOOKS = frozenset({"requires_grad", "grad", "_grad", "grad_fn", "is_leaf", "retain_grad",
                     "retains_grad", "output_nr", "_version", "_backward_hooks"})  # fmt: skip
 _COPIES = frozenset(
     {"clone", "detach", "to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "pin_memory"}
@@ -33,7 +33,7 @@ class StreamState(Tensor):
 
     Attributes:
         channel_dim: of the trunk.
-        reads_as: "mean"; "sum", which gradients are; or "itself": what came out where a stream ended, no state.
+        reads_as: "mean"; or "itself": what came out where a stream ended, no state.
         streams: the same as a plain tensor in autograd's graph, for compiled code; None where it isn't in the graph.
         number: of the stream.
         turns: how often the module that ends the stream has passed it on.
@@ -56,14 +56,18 @@ class StreamState(Tensor):
                 return func(_form(first), *args[1:], **kwargs)
             if name in _BOOKS:
                 return _ask_books(name, func, first, args[1:], kwargs)
+            if name == "requires_grad_":
+                return _start_a_graph(first, *args[1:], **kwargs)
             if name == "register_hook":
                 return _register_hook(first, *args[1:], **kwargs)
             if name == "contiguous":
                 return first
-            if name in _COPIES:
-                return _copy(func, first, plain(args[1:]), plain(kwargs))
+            if name in _COPIES or (name == "view_as" and args[1] is first):
+                return _copy(name, func, first, plain(args[1:]), plain(kwargs))
         if func is torch.autograd.grad:
             return _gradients(*args, **kwargs)
+        if func is torch.autograd.backward:
+            return _backward(*args, **kwargs)
         target = _written_to(name, args, kwargs)
         if target is None:
             return func(*plain(args), **plain(kwargs))
@@ -77,20 +81,29 @@ def _kind(channel_dim: int, reads_as: str) -> type[StreamState]:
     return kind
 
 
-KINDS = {(dim, how): _kind(dim, how) for dim in (-1, 1) for how in ("mean", "sum", "itself")}
+KINDS = {(dim, how): _kind(dim, how) for dim in (-1, 1) for how in ("mean", "itself")}
+
+
+def _refuse(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    raise NotImplementedError(f"{func} below Python, on streams that have no memory")
+
+
+# For streams that are no plain tensors themselves, fake ones say: only the attribute is read.
+SHELLS = {
+    key: type(kind.__name__, (kind,), {"__torch_dispatch__": classmethod(_refuse)}) for key, kind in KINDS.items()
+}
 
 
 def state(
     streams: Tensor, channel_dim: int, reads_as: str, number: int, turns: int, in_graph: bool = True
 ) -> StreamState:
     """Streams as a state. `in_graph`: whether the graph of `streams` is the one that gradients will take."""
-    kind = KINDS[channel_dim, reads_as]
     if torch.compiler.is_dynamo_compiling() or type(streams) is Tensor:
-        made = streams.as_subclass(kind)
-    else:  # a tensor of another class, a fake one say: only its attribute is read
+        made = streams.as_subclass(KINDS[channel_dim, reads_as])
+    else:
         form = streams if reads_as == "itself" else one_stream(streams, channel_dim)
         made = Tensor._make_wrapper_subclass(
-            kind, form.shape, dtype=form.dtype, device=form.device, layout=form.layout,
+            SHELLS[channel_dim, reads_as], form.shape, dtype=form.dtype, device=form.device, layout=form.layout,
             requires_grad=streams.requires_grad,
         )  # fmt: skip
     made.streams = streams if in_graph else None
@@ -135,7 +148,7 @@ def _value(state: StreamState) -> Tensor:
         return state.written
     how = type(state).reads_as
     streams = streams_of(state)
-    return streams if how == "itself" else collapse(streams, type(state).channel_dim, how)
+    return streams if how == "itself" else read_mean(streams, type(state).channel_dim)
 
 
 def _form(state: StreamState) -> Tensor:
@@ -151,34 +164,43 @@ def _made(streams: Tensor, kind: type[StreamState], number: int, turns: int, in_
     return state(streams, kind.channel_dim, kind.reads_as, number, turns, in_graph)
 
 
+@torch.compiler.assume_constant_result
 def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", "")
+    name: str = getattr(func, "__name__", "")
     return func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name
 
 
-def _copy(func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:
+def _copy(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}  # a layout of the mean's
     if not args and not kwargs and func is Tensor.to:
         return state
-    copied = func(streams_of(state), *args, **kwargs)
-    return _like(state, copied) if isinstance(copied, Tensor) else copied
+    streams = streams_of(state)
+    if name == "view_as":
+        args = (streams,)
+    copied = func(streams, *args, **kwargs)
+    if not isinstance(copied, Tensor):
+        return copied
+    # A function of autograd that returns what it got asks for a view of it, without gradients, and has the graph later.
+    return _like(state, copied, torch.is_grad_enabled() or not state.requires_grad)
 
 
 def _ask_books(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         answer = func(state, *args, **kwargs)
-        if name.startswith("requires_grad") and not isinstance(answer, bool) and _is_memory(state):
+        if name == "requires_grad" and answer is None and _is_memory(state):  # it was set
             state.streams = state.as_subclass(Tensor)
-    if name in ("grad", "_grad") and isinstance(answer, Tensor):
-        return _as_gradient(state, answer)
-    return state if isinstance(answer, Tensor) else answer
+    if isinstance(answer, Tensor):
+        # A leaf is a copy that checkpoints make, to hand on the gradients of the streams.
+        whole = state.is_leaf or not is_state(state)
+        return answer if whole else collapse_gradient(answer, type(state).channel_dim)
+    return answer
 
 
-def _as_gradient(state: StreamState, gradient: Tensor) -> Tensor:
-    """The trunk's gradient is the sum of the streams': to move it is to move them all."""
-    if type(state).reads_as == "itself" or isinstance(gradient, StreamState):
-        return gradient
-    return _made(gradient, KINDS[type(state).channel_dim, "sum"], state.number, state.turns, True)
+def _start_a_graph(state: StreamState, requires_grad: bool = True) -> Tensor:
+    """Somebody asks for the gradient of this very tensor, so it is no part of a stream any longer."""
+    if requires_grad and not state.requires_grad:
+        state.written = _value(state).detach().requires_grad_()
+    return state
 
 
 def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
@@ -187,11 +209,8 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
     def seen(gradient: Tensor) -> Any:
         if whole:
             return hook(gradient)
-        total = collapse(gradient, dim, "sum")
-        other = hook(total)
-        if other is None:
-            return None
-        return gradient + ((other - total) / gradient.shape[stream_dim(dim)]).unsqueeze(stream_dim(dim))
+        other = hook(collapse_gradient(gradient, dim))
+        return None if other is None else spread_gradient(other, gradient, dim)
 
     with torch._C.DisableTorchFunctionSubclass():
         return state.register_hook(seen)
@@ -199,12 +218,28 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
 
 def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    with torch.enable_grad():
+        outputs = plain(outputs)
+    given = tuple(x.written if isinstance(x, StreamState) and x.written is not None else x for x in given)
     with torch._C.DisableTorchFunctionSubclass():  # the objects themselves are in the graph
-        found = torch.autograd.grad(plain(outputs), given, *plain(args), **plain(kwargs))
+        found = torch.autograd.grad(outputs, given, *plain(args), **plain(kwargs))
     return tuple(
-        plain(_as_gradient(x, gradient)) if isinstance(x, StreamState) and gradient is not None else gradient
+        collapse_gradient(gradient, type(x).channel_dim) if is_state(x) and gradient is not None else gradient
         for x, gradient in zip(given, found, strict=True)
     )
+
+
+def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Reentrant checkpoints run it with the gradients of the streams."""
+    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    given = (grad_tensors,) if isinstance(grad_tensors, Tensor) else tuple(grad_tensors or [None] * len(roots))
+    with torch.enable_grad():  # whatever the mode is, what a state reads as is part of its graph
+        own = [
+            root if is_state(root) and gradient is not None and gradient.dim() > root.dim() else plain(root)
+            for root, gradient in zip(roots, given, strict=True)
+        ]
+    with torch._C.DisableTorchFunctionSubclass():  # the inputs are the objects themselves
+        torch.autograd.backward(own, None if grad_tensors is None else plain(given), *args, **kwargs)
 
 
 def _written_to(name: str, args: Any, kwargs: Any) -> StreamState | None:

@@ -34,6 +34,17 @@ def collapse(streams: Tensor, channel_dim: int, how: str) -> Tensor:
     return streams.mean(dim) if how == "mean" else streams.sum(dim)
 
 
+def collapse_gradient(gradient: Tensor, channel_dim: int) -> Tensor:
+    """The trunk's gradient of the streams': to move the trunk is to move all of them."""
+    return collapse(gradient, channel_dim, "sum")
+
+
+def spread_gradient(new: Tensor, old: Tensor, channel_dim: int) -> Tensor:
+    """The streams' gradients `old`, changed alike so that the trunk's becomes `new`."""
+    dim = stream_dim(channel_dim)
+    return old + ((new - collapse_gradient(old, channel_dim)) / old.shape[dim]).unsqueeze(dim)
+
+
 def read_mean(streams: Tensor, channel_dim: int) -> Tensor:
     """What a reader of the trunk gets that is no site's branch."""
     return streams.mean(stream_dim(channel_dim))

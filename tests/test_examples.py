@@ -78,11 +78,8 @@ class Silent(Model):
     """Fails on a None that has another name inside, in a call of several lines."""
 
     def inner(self, x: Tensor, ids: Any) -> Tensor:
-        return (
-            x
-            + self.embed(
-                ids * 0,
-            )
+        return x + self.embed(
+            ids * 0,
         )
 
     def forward(self, input_ids: Any = None, entity_ids: Any = None) -> Any:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
+from mhc_rewrite.capture.assertions import only_checks
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.record import source_line, user_line
 from mhc_rewrite.errors import CaptureError
@@ -422,7 +423,7 @@ class ModuleTracer(fx.Tracer):
     def decide(self, traced: TracedValue, convert: Callable[[Any], Any]) -> Any:
         """A plain value for a traced one; a size's is guarded, a tensor's refused."""
         if isinstance(traced.value, Tensor) or not isinstance(traced.value, (int, float, bool)):
-            if isinstance(traced.value, Tensor):
+            if isinstance(traced.value, Tensor) and not only_checks(user_line()):
                 raise self._error(user_line(), "it branches on the content of a tensor")
             return convert(traced.value)
         expected = traced.value
@@ -442,7 +443,8 @@ class ModuleTracer(fx.Tracer):
         if isinstance(value, bool):
             if not any(isinstance(leaf.value, Tensor) for leaf in inputs):
                 return bool(inputs) and target in _COMPARISONS
-            if vocabulary.name_of(target) not in vocabulary.FORM and target is not getattr:
+            form = vocabulary.name_of(target) in vocabulary.FORM or target is getattr
+            if not form and not only_checks(source):
                 raise self._error(source, "it branches on the content of a tensor")
             return False
         return value is None and target is not getattr
@@ -455,6 +457,9 @@ class ModuleTracer(fx.Tracer):
         kept = []
         for guard in self.captured.guards:
             origin = _origin(guard.node)
+            if origin == "content" and only_checks(guard.node.meta.get("source")):
+                guard.node.meta["guard"] = False
+                continue
             if origin == "content":
                 raise self._error(guard.node.meta.get("source"), "it branches on the content of a tensor")
             if origin == "inputs":

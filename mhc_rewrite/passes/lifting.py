@@ -65,6 +65,8 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
         return [Lift(node, first, "reshape", channel_dims=(-1,))]
     if name in ("flatten", "transpose") and first is not None and _leading_axes(node, first):
         return [Lift(node, first, "pointwise", channel_dims=(-1,))]
+    if name == "getitem" and first is not None and "shape" in first.meta and _slices_leading_axes(node, first):
+        return [Lift(node, first, "pointwise", channel_dims=(-1,))]
     if name == "unflatten" and first is not None and len(node.args) == 3 and isinstance(node.args[1], int) \
             and 0 <= node.args[1] < len(first.meta["shape"]) - 1:  # fmt: skip
         return [Lift(node, first, "pointwise", channel_dims=(-1,))]
@@ -118,6 +120,14 @@ def _acts_alone(module: nn.Module, ones: list[Tensor], channel_dim: int, trainin
 def _keeps_last_axis(first: fx.Node, node: fx.Node) -> bool:
     before, after = first.meta["shape"], node.meta["shape"]
     return len(before) > 1 and len(after) > 1 and before[-1] == after[-1] and _numel(before) == _numel(after)
+
+
+def _slices_leading_axes(node: fx.Node, trunk: fx.Node) -> bool:
+    """Whether an index takes slices of axes before the last and keeps all axes: `x[:, :k]`, `x[:, :k, :]`."""
+    key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    rank = len(trunk.meta["shape"])
+    leading, last = key[: rank - 1], key[rank - 1 :]
+    return all(isinstance(part, slice) for part in leading) and list(last) in ([], [slice(None)])
 
 
 def _leading_axes(node: fx.Node, first: fx.Node) -> bool:

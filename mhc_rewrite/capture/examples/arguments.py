@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.capture.examples.parts import Parts
-from mhc_rewrite.capture.examples.search import Call, random_generator
+from mhc_rewrite.capture.examples.search import Call, chosen, random_generator
 
 BATCH, LENGTH = 2, 8
 FRAMES, GRID, SAMPLES = 2, 4, 2048
@@ -132,7 +132,7 @@ class Arguments:
 
     def _length(self, call: Call) -> int:
         if "input_ids" in call.names:
-            return int(self.candidates("input_ids", call)[call.choices.get("input_ids", 0)].shape[1])
+            return int(chosen(self, "input_ids", call).shape[1])
         return LENGTH
 
     def text_mask(self, name: str, call: Call) -> list[Any]:
@@ -326,8 +326,7 @@ class Arguments:
             length
             for other in call.names
             if re.search(r"features$|values$", other)
-            for value in self.candidates(other, call)[call.choices.get(other, 0) :][:1]
-            if isinstance(value, Tensor)
+            if isinstance(value := chosen(self, other, call), Tensor)
             for length in value.shape[1:]
         }
         return [torch.ones(BATCH, length, dtype=torch.long) for length in sorted(lengths, reverse=True)] or (

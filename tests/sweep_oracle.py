@@ -29,7 +29,7 @@ _MIXES = re.compile(
 )
 _FORM = {"__get__", "size", "dim", "numel", "is_floating_point", "is_complex", "__len__", "device", "dtype", "shape"}
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_HERE = __file__
 
 
 class Unclear(Exception):
@@ -425,7 +425,7 @@ def _lines() -> Iterator[tuple[str, int]]:
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(_HERE):
+        if file != _HERE:
             yield file, frame.f_lineno
         if file.startswith(_TORCH) and frame.f_code.co_name == "_call_impl":
             return

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import oracle
-import sweep_models
-import sweep_oracle
+import oracle  # noqa: E402
+import sweep_models  # noqa: E402
+import sweep_oracle  # noqa: E402
 
 LIMIT = 60  # seconds for plan() and mhcify(); the checks have as many again
 START, PERTURBED = 1e-5, 1e-6  # relative errors that pass, in fp64; models keep parts in fp32
@@ -297,8 +297,7 @@ def write_coverage(rows: list[dict[str, Any]], file: Path) -> None:
         mine = Counter(row["verdict"] for row in rows if row["library"] == library)
         text.append(f"| {library} | {mine.total()} | {' | '.join(str(mine[verdict]) for verdict in verdicts)} |")
     for library in sweep_models.LIBRARIES:
-        text += ["", f"## {library}", "", "| model | inputs | sites | streams | adds | evaluation | training | perturbed "
-                 "| gradients | s | verdict |", "|---" * 11 + "|"]  # fmt: skip
+        text += ["", f"## {library}", "", _COLUMNS, "|---" * 11 + "|"]
         mine = sorted((row for row in rows if row["library"] == library), key=lambda row: row["name"].lower())
         text += [_line(row) for row in mine if row["verdict"] not in _SHORT]
         for verdict in _SHORT:
@@ -308,6 +307,7 @@ def write_coverage(rows: list[dict[str, Any]], file: Path) -> None:
     file.write_text("\n".join(text) + "\n")
 
 
+_COLUMNS = "| model | inputs | sites | streams | adds | evaluation | training | perturbed | gradients | s | verdict |"
 _VERDICTS = ("exact", "refused", "no example", "wrong", "crashed", "timed out", "no residual", "does not build")
 _SHORT = ("refused", "no example", "no residual", "does not build")
 

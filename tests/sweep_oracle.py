@@ -331,8 +331,12 @@ class _Replay:
                     self.values[value] = tensor
             for value in op.outputs:
                 self._begin(value)
-        return tree_map(lambda x: self.read(run.numbers[id(x)]) if isinstance(x, Tensor) and id(x) in run.numbers else x,
-                        _plain(run.result))  # fmt: skip
+
+        def replayed(leaf: Any) -> Any:
+            number = run.numbers.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            return leaf if number is None else self.read(number)
+
+        return tree_map(replayed, _plain(run.result))
 
     def _results(self, number: int, op: Op) -> list[Tensor]:
         result = self._call(number, op, {})

@@ -27,9 +27,7 @@ class Block(nn.Module):
 
 class Asserts(Block):
     def forward(self, x: Tensor) -> Tensor:
-        assert x.isnan().sum() == 0 and x.abs().max().item() <= 1e9, (
-            "not a number"
-        )
+        assert x.isnan().sum() == 0 and x.abs().max().item() <= 1e9, "not a number"
         return x + self.f(x)
 
 

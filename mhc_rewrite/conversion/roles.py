@@ -89,7 +89,7 @@ class CarrierRole:
         result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
         if not outgoing or not self.name:  # nobody takes up the streams of a whole model
             return result
-        # Autograd takes the result of a function that runs without it, a reentrant checkpoint say, into its graph later.
+        # Autograd takes the result of a function that runs without it, a reentrant checkpoint say, in later.
         in_graph = torch.is_grad_enabled() or not any(
             isinstance(x, Tensor) and x.requires_grad for x in leaves.values()
         )

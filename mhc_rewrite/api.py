@@ -64,7 +64,7 @@ def mhcify(
     Args:
         model: any module with residual adds `x + F(x)`.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple, for one call of the model. May be
-            left out for models of transformers and timm and for torch's own transformer stacks.
+            left out for models of transformers, timm and torchvision and for torch's own transformer stacks.
         config: the options; or give them as fields: n_streams=4, init="preserve", include=(), exclude=(), ...
         filter_fn: which sites to rewrite, beside include and exclude; gets a `ResidualSite`.
 

@@ -1,4 +1,4 @@
-"""What the sweep builds: every model type of transformers, two models of every module of timm, torchvision's families."""
+"""What the sweep builds: every model type of transformers, two models of every module of timm and of torchvision."""
 
 from __future__ import annotations
 

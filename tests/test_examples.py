@@ -171,7 +171,7 @@ def test_what_was_tried_is_said() -> None:
         def forward(self, input_ids: Any) -> Any:
             raise RuntimeError("never content")
 
-    with pytest.raises(ExampleInputsError, match="Picky does not say what it takes.*first with: .*never content"):
+    with pytest.raises(ExampleInputsError, match=r"Picky does not say what it takes.*first with: .*never content"):
         example_call(Picky(), None)
 
 

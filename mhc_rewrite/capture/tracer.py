@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture import vocabulary
+from mhc_rewrite.capture.assertions import only_checks
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.children import ChildWatch
 from mhc_rewrite.capture.functions import FunctionMode, call_argument, calls_seen, is_opaque
@@ -345,6 +346,9 @@ class ModuleTracer(fx.Tracer):
     def decide(self, traced: Any, convert: Callable[[Any], Any]) -> Any:
         """A plain value for a traced one; a size's is guarded, a tensor's refused."""
         if isinstance(traced.value, Tensor):
+            if only_checks(user_line()):
+                with self.as_shadow():
+                    return convert(traced.value)
             self.refuse("it branches on the content of a tensor")
         if not isinstance(traced.value, (int, float, bool)):
             return self._of_object(operator.truth, traced) if convert is bool else convert(traced.value)
@@ -385,7 +389,8 @@ class ModuleTracer(fx.Tracer):
         if inputs and not of_tensor and kind == "call_method" and isinstance(value, (bool, str)):
             self.refuse(f"it decides by what {name}() of an object says, which may be something else next time", source)
         if isinstance(value, bool):
-            if of_tensor and name not in vocabulary.FORM and target is not getattr:
+            form = name in vocabulary.FORM or target is getattr
+            if of_tensor and not form and not only_checks(source):
                 self.refuse("it branches on the content of a tensor", source)
             return False
         return value is None and target is not getattr
@@ -398,6 +403,9 @@ class ModuleTracer(fx.Tracer):
         kept = []
         for guard in self.captured.guards:
             of = origin(guard.node)
+            if of == "content" and only_checks(guard.node.meta.get("source")):
+                guard.node.meta["guard"] = False
+                continue
             if of == "content":
                 self.refuse("it branches on the content of a tensor", guard.node.meta.get("source"))
             if of == "inputs":

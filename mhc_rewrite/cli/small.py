@@ -15,7 +15,7 @@ from mhc_rewrite.cli.errors import UsageError
 from mhc_rewrite.errors import ExampleInputsError
 
 HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, SMALL = 4, 4, 512, 16, 128, 8
-MOST_LAYERS = 12
+MOST_LAYERS, FRAMES = 12, 64
 MAX_PARAMETERS, LARGE = 500_000_000, 60_000_000
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
@@ -64,6 +64,8 @@ def small_fields(config: Any, *, shallow: bool = True, heads: int | None = HEADS
             small[name] = min(value, EXPERTS)
         elif name == "vocab_size":
             small[name] = min(value, VOCABULARY)
+        elif name == "max_source_positions" and shallow:
+            small[name] = min(value, FRAMES)
         elif name.endswith("tokens_per_image") and shallow:
             small[name] = min(value, 4)
     if fields.get("vocab_size", 0) is None:

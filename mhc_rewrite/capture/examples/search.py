@@ -91,7 +91,13 @@ def attempt(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _arguments(call: Call, supplier: Supplier) -> dict[str, Any]:
-    return {name: supplier.candidates(name, call)[call.choices.get(name, 0)] for name in call.names}
+    return {name: chosen(supplier, name, call) for name in call.names}
+
+
+def chosen(supplier: Supplier, name: str, call: Call) -> Any:
+    """The candidate that a call gives for an argument; there may be fewer than when it was chosen."""
+    candidates = supplier.candidates(name, call)
+    return candidates[min(call.choices.get(name, 0), len(candidates) - 1)] if candidates else None
 
 
 def _further(

@@ -57,8 +57,9 @@ if TYPE_CHECKING:
 Way = tuple[Any, tuple[Step, ...]]  # (root, steps), as in Read
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-# How a module is run, not what it computes, or torch's own account of it.
-_UNREAD = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"})
+# Torch's own account of a module, and whether it is checkpointed, which a capture sees through: the same graph.
+_UNREAD = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook",
+                     "gradient_checkpointing"})  # fmt: skip
 # Types of globals that say nothing of what is computed.
 _UNFOLLOWED = ("torch.", "logging", "typing", "re", "weakref", "_weakref", "abc", "threading", "_thread", "functools")
 _FOLLOWED = (Tensor, nn.Module, threading.local, weakref.ref)
@@ -430,7 +431,7 @@ class Watch:
 
     def _class_attributes(self) -> None:
         """Plain attributes of classes that the code may have asked by way of `type(self)` or another name."""
-        names = {name for code in self.codes for name in names_of(code)}
+        names = {name for code in self.codes for name in names_of(code)} - _UNREAD
         for module in (self.root, *self.tracer.inlined):
             (root, steps), _ = self.owners[id(module)]
             self.classes.setdefault(type(module), (root, (*steps, ("attr", "__class__"))))

@@ -46,6 +46,14 @@ def without_hooks(*roots: nn.Module) -> Iterator[None]:
             setattr(child, name, hooks)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module's calls go through torch.compile: wrapped by it, or compiled in place by `Module.compile`.
+
+    Neither says so in public. Should the names go, such a model is compiled while it is analysed: right, and slow.
+    """
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def decompose_in_compiled_graphs(
     operator: torch.library.CustomOpDef, body: Callable[..., Any], *, unless: Callable[..., bool]
 ) -> None:

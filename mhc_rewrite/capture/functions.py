@@ -19,7 +19,7 @@ from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.values import TRACED
 
 if TYPE_CHECKING:
-    from mhc_rewrite.capture.trace import ModuleTracer
+    from mhc_rewrite.capture.tracer import ModuleTracer
 
 _OPAQUE = "_mhc_opaque"
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from mhc_rewrite.torch_private import is_compiled
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -17,7 +19,7 @@ _PLAIN = (bool, int, float, str, type(None))
 def undisturbed(*roots: nn.Module) -> Iterator[None]:
     """Inside, modules may be run; outside, their buffers, plain attributes and the random states are as before.
 
-    No gradients are recorded. Caches that are passed in as arguments are the caller's to copy.
+    No gradients are recorded and nothing is compiled. Caches that are passed in as arguments are the caller's to copy.
     """
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     devices = sorted({t.device.index for root in roots for t in root.parameters() if t.device.type == "cuda"})
@@ -27,7 +29,11 @@ def undisturbed(*roots: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with contextlib.ExitStack() as stack:
+            if any(is_compiled(part) for part in modules):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            stack.enter_context(torch.no_grad())
             yield
     finally:
         random.setstate(random_state)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
 
 if TYPE_CHECKING:
-    from mhc_rewrite.capture.trace import ModuleTracer
+    from mhc_rewrite.capture.tracer import ModuleTracer
 
 _AUGMENTED = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split()
 

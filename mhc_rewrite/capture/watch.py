@@ -8,78 +8,61 @@ that answer differently each time.
 
 from __future__ import annotations
 
+import contextvars
 import copy
-import dis
-import enum
 import functools
 import gc
 import random
 import sys
-import sysconfig
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.call import PLAIN
+from mhc_rewrite.capture.code import (
+    ASKED,
+    CLOCKS,
+    DATES,
+    QUESTIONS,
+    RANDOM_STATE,
+    WRAPPERS,
+    chains_of,
+    is_machinery,
+    names_of,
+)
+from mhc_rewrite.capture.held import (
+    CONTAINERS,
+    PLAIN_TYPES,
+    all_names,
+    content_of,
+    generator_state,
+    held_by,
+    is_plain,
+    is_torchs_or_pythons,
+    may_change,
+    put_back,
+    twin_of,
+)
 from mhc_rewrite.capture.reads import ABSENT, Read, Step, attributes_of, same, value_at
 from mhc_rewrite.capture.record import source_line
 from mhc_rewrite.capture.values import TRACED
 
 if TYPE_CHECKING:
-    from mhc_rewrite.capture.trace import ModuleTracer
+    from mhc_rewrite.capture.tracer import ModuleTracer
 
 Way = tuple[Any, tuple[Step, ...]]  # (root, steps), as in Read
 
-_OWN_CODE = str(Path(__file__).parents[1]) + "/"
-_TORCH_CODE = str(Path(torch.__file__).parent) + "/"
-_STANDARD = sysconfig.get_paths()["stdlib"] + "/"
-_PACKAGES = sysconfig.get_paths()["purelib"] + "/"
-_PLAIN = (*PLAIN, type(None), enum.Enum, range, slice, type(Ellipsis), torch.Generator)
-_CONTAINERS = (tuple, list, dict, set, frozenset)
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 # How a module is run, not what it computes, or torch's own account of it.
 _UNREAD = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"})
 # Types of globals that say nothing of what is computed.
 _UNFOLLOWED = ("torch.", "logging", "typing", "re", "weakref", "_weakref", "abc", "threading", "_thread", "functools")
+_FOLLOWED = (Tensor, nn.Module, threading.local, weakref.ref)
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
-
-# What a forward may ask torch about its surroundings: the same question is asked again at each call.
-_QUESTIONS: dict[Callable[..., Any], tuple[tuple[Any, ...], ...]] = {
-    torch.is_grad_enabled: ((),),
-    torch.is_inference_mode_enabled: ((),),
-    torch.is_autocast_enabled: (("cpu",), ("cuda",)),
-    torch.get_autocast_dtype: (("cpu",), ("cuda",)),
-    torch.is_autocast_cache_enabled: ((),),
-    torch.get_default_dtype: ((),),
-    torch.are_deterministic_algorithms_enabled: ((),),
-    torch.get_float32_matmul_precision: ((),),
-    torch.get_num_threads: ((),),
-    torch.initial_seed: ((),),
-    torch.compiler.is_compiling: ((),),
-}
-_ASKED = {getattr(function, "__code__", function): function for function in _QUESTIONS}
-# What reads or sets the state of torch's random numbers, which a graph would not repeat.
-_RANDOM_STATE = {f.__code__ for f in (torch.get_rng_state, torch.set_rng_state, torch.manual_seed, torch.seed)}
-# C functions that answer differently each time: by the type of what they are bound to, or their module, and their name.
-_CLOCKS = frozenset({"time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
-                     "process_time_ns", "thread_time", "thread_time_ns"})  # fmt: skip
-_DATES = frozenset({"now", "today", "utcnow"})
-
-
-def is_machinery(file: str) -> bool:
-    """Whether code of this file is no part of a user's forward: torch's but its modules, this package's, Python's."""
-    if file.startswith(_TORCH_CODE):
-        return not file.startswith(_TORCH_CODE + "nn/modules/") or file.endswith("/module.py")
-    if file.startswith("<frozen "):
-        return file != "<frozen os>"
-    if file.startswith(_STANDARD) and not file.startswith(_PACKAGES):
-        return not file.endswith("/os.py")
-    return file.startswith((_OWN_CODE, _PACKAGES + "numpy/", "<mhc_rewrite"))
 
 
 class Watch:
@@ -93,14 +76,12 @@ class Watch:
         self.before: list[tuple[Any, Any]] = []  # (object, a shallow copy of what it held)
         self.patched: dict[Any, Any] = {}
         self.codes: set[types.CodeType] = set()
-        self.inner: set[types.CodeType] = (
-            set()
-        )  # of functions that these make: their cells are variables of the forward
+        self.inner: set[types.CodeType] = set()  # made by those: its cells are variables of the forward
         self.classes: dict[type, Way] = {}
         self.functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self.visited: set[int] = set()
         self.thread = threading.get_ident()
-        self.numpy: str | None = None
+        self.numpy: dict[int, tuple[Any, bytes]] = {}  # generators, and where they were
         self.forward = forward
 
     def __enter__(self) -> Watch:
@@ -111,7 +92,8 @@ class Watch:
             steps = attributes_of(path)
             self._own(module, (None, steps))
         self._function(self.forward, None)
-        self.check_numpy(drawn=True)
+        if "numpy" in sys.modules:
+            self._generator(sys.modules["numpy"].random)
         self.resume()
         return self
 
@@ -125,8 +107,7 @@ class Watch:
             else:
                 kind.__getattribute__ = before
         for thing, held in self.before:
-            if any(type(value) in TRACED for value in _held(thing)):  # no traced value may outlive the capture
-                _put_back(thing, held)
+            put_back(thing, held)
 
     def resume(self) -> None:
         sys.setprofile(self._ran)
@@ -189,8 +170,10 @@ class Watch:
             name in held for held in (thing._parameters, thing._buffers, thing._modules)
         ):  # fmt: skip
             value = getattr(thing, name)
-            if value is not None:
-                return  # a graph reads parameters and children anew
+            if value is not None:  # a graph reads parameters and children of the carrier anew
+                if thing not in self.tracer.paths and thing is not self.root:
+                    self.note((root, (*steps, ("attr", name))), value)
+                return
         on_class = next((vars(base)[name] for base in type(thing).__mro__ if name in vars(base)), None)
         if isinstance(on_class, property):
             return  # its code is seen to run
@@ -203,6 +186,8 @@ class Watch:
     def _all_of(self, thing: Any, way: Way) -> None:
         """For what can't be watched: all that it holds counts as read."""
         root, steps = way
+        if not hasattr(thing, "__dict__"):
+            self._record((id(root), steps), way, *twin_of(thing))
         for name, value in list(getattr(thing, "__dict__", {}).items()):
             if not name.startswith("__"):
                 self.note((root, (*steps, ("attr", name))), value)
@@ -214,15 +199,14 @@ class Watch:
         key = (id(way[0]), way[1])
         if key in self.found or type(value) in TRACED:
             return
-        if value is ABSENT or isinstance(value, _PLAIN) or type(value).__module__ == "numpy":
-            if type(value).__module__ == "numpy.random" or hasattr(value, "bit_generator"):
-                self.tracer.refuse(_DRAWS.format("numpy's random"))
+        if value is ABSENT or isinstance(value, PLAIN_TYPES) or type(value).__module__ == "numpy":
             self._record(key, way, value.copy() if hasattr(value, "tobytes") else value)
         elif isinstance(value, Tensor):
             self.tensors.setdefault(id(value), way)
-        elif isinstance(value, nn.Module) and id(value) in self.owners:
-            return
-        elif isinstance(value, _CONTAINERS):
+        elif isinstance(value, nn.Module):
+            for path, module in value.named_modules():
+                self._own(module, (way[0], (*way[1], *attributes_of(path))))
+        elif isinstance(value, CONTAINERS):
             self._container(key, way, value)
         elif isinstance(value, _FUNCTIONS):
             self._record(key, way, value, identical=True)
@@ -232,9 +216,16 @@ class Watch:
         elif isinstance(value, types.ModuleType):
             return
         elif type(value).__module__.startswith("numpy.random"):
-            self.tracer.refuse(_DRAWS.format("numpy's random"))
+            self._generator(value)
         elif isinstance(value, random.Random):
             return  # its draws are seen
+        elif isinstance(value, weakref.ref):
+            self.note((way[0], (*way[1], ("call", ()))), value())
+        elif isinstance(value, contextvars.ContextVar):
+            asked = (*way[1], ("attr", "get"), ("call", ()))
+            self.note((way[0], asked), value_at(self.root, way[0], asked))
+        elif hasattr(type(value), "__next__"):
+            self.tracer.refuse("it takes from an iterator or a file, which a graph would not repeat")
         else:
             self._own(value, way)
 
@@ -242,16 +233,16 @@ class Watch:
         self.found[key] = Read(*way, value, identical)
 
     def _container(self, key: Any, way: Way, value: Any) -> None:
-        if id(value) in self.visited or any(type(item) in TRACED for item in _held(value)):
+        if id(value) in self.visited or any(type(item) in TRACED for item in held_by(value)):
             return  # what holds a traced value already was made by the forward
         self.visited.add(id(value))
         root, steps = way
         if isinstance(value, (list, dict, set)):
             self.before.append((value, copy.copy(value)))
-        if _is_plain(value):
+        if is_plain(value):
             self._record(key, way, copy.deepcopy(value))
         elif isinstance(value, dict):
-            if all(isinstance(name, _PLAIN) for name in value):
+            if all(isinstance(name, PLAIN_TYPES) for name in value):
                 self._record((id(root), (*steps, ("keys", None))), (root, (*steps, ("keys", None))), tuple(value))
             for name, item in list(value.items()):
                 self.note((root, (*steps, ("item", name))), item)
@@ -272,41 +263,45 @@ class Watch:
             self._called(frame, what)
         elif event == "call":
             code = frame.f_code
-            if code in _ASKED or code in _RANDOM_STATE:
-                if frame.f_back is not None and not is_machinery(frame.f_back.f_code.co_filename):
-                    if code in _RANDOM_STATE:
+            if code in ASKED or code in RANDOM_STATE:
+                caller = frame.f_back
+                while caller is not None and caller.f_code.co_filename.startswith(WRAPPERS):
+                    caller = caller.f_back
+                if caller is not None and not is_machinery(caller.f_code.co_filename):
+                    if code in RANDOM_STATE:
                         self._refuse(frame, "it reads or sets the state of torch's random numbers")
-                    self.asked(_ASKED[code])
+                    self.asked(ASKED[code])
             if code not in self.codes and not is_machinery(code.co_filename):
                 self.codes.add(code)
                 self.inner.update(part for part in code.co_consts if isinstance(part, types.CodeType))
-                self._globals(frame, _chains(code))
+                self._globals(frame, chains_of(code))
                 self._closure(frame)
 
     def _called(self, frame: types.FrameType, function: Any) -> None:
         file, name = frame.f_code.co_filename, getattr(function, "__name__", "")
         owner = getattr(function, "__self__", None)
-        if owner is torch._C and function in _ASKED:
+        if owner is torch._C and function in ASKED:
             if not is_machinery(file):
                 self.asked(function)
         elif function is globals and not is_machinery(file):
-            self._globals(frame, [(name,) for name in frame.f_globals if name[:2] != "__"])
+            plain = [name for name, value in frame.f_globals.items() if not hasattr(type(value), "__next__")]
+            self._globals(frame, [(name,) for name in plain if name[:2] != "__"])
         elif isinstance(owner, random.Random) and name in ("random", "getrandbits"):
             self._refuse(frame, _DRAWS.format("Python's random"))
         elif name in ("urandom", "getrandom") and isinstance(owner, types.ModuleType):
             self._refuse(frame, _DRAWS.format("the system's random"))
         elif is_machinery(file):
             return
-        elif isinstance(owner, types.ModuleType) and owner.__name__ == "time" and name in _CLOCKS:
+        elif isinstance(owner, types.ModuleType) and owner.__name__ == "time" and name in CLOCKS:
             self._refuse(frame, "it reads the clock, which a graph would do once and for all")
-        elif isinstance(owner, type) and owner.__module__ == "datetime" and name in _DATES:
+        elif isinstance(owner, type) and owner.__module__ == "datetime" and name in DATES:
             self._refuse(frame, "it reads the clock, which a graph would do once and for all")
         elif isinstance(owner, types.ModuleType) and owner.__name__ in ("io", "_io") and name == "open":
             self._refuse(frame, "it reads a file, which a graph would do once and for all")
 
     def asked(self, function: Callable[..., Any]) -> None:
         """The forward asked torch about its surroundings."""
-        for arguments in _QUESTIONS[function]:
+        for arguments in QUESTIONS[function]:
             way = function, (("call", arguments),)
             self._record((id(function), way[1]), way, function(*arguments))
 
@@ -340,7 +335,7 @@ class Watch:
         elif isinstance(value, (type, types.FunctionType)):
             if isinstance(value, types.FunctionType):
                 self._function(value, way)
-            if attributes and attributes[0] in _all_names(value) and not _machinery_of(value):
+            if attributes and attributes[0] in all_names(value) and not is_torchs_or_pythons(value):
                 next_value = getattr(value, attributes[0])
                 if not isinstance(next_value, (*_FUNCTIONS, type)):
                     self._follow((root, (*steps, ("attr", attributes[0]))), next_value, attributes[1:])
@@ -348,7 +343,7 @@ class Watch:
                 self.classes.setdefault(value, way)
         elif isinstance(value, _FUNCTIONS):
             self._function(value, way)
-        elif isinstance(value, (Tensor, nn.Module)) or not type(value).__module__.startswith(_UNFOLLOWED):
+        elif isinstance(value, _FOLLOWED) or not type(value).__module__.startswith(_UNFOLLOWED):
             self.note(way, value)
 
     def _closure(self, frame: types.FrameType) -> None:
@@ -357,18 +352,18 @@ class Watch:
             return
         names = [name for name in frame.f_code.co_freevars if name != "__class__" and name in frame.f_locals]
         values = [frame.f_locals[name] for name in names]
-        if not any(_may_change(value) for value in values):
+        if not any(may_change(value) for value in values):
             return
         known = self.functions.get(frame.f_code) or [
             f for f in gc.get_referrers(frame.f_code) if type(f) is types.FunctionType and f.__code__ is frame.f_code
         ]
         for function in known:
             cells = dict(zip(frame.f_code.co_freevars, function.__closure__ or (), strict=True))
-            if all(_content(cells[name]) is value for name, value in zip(names, values, strict=True)):
+            if all(content_of(cells[name]) is value for name, value in zip(names, values, strict=True)):
                 for name, value in zip(names, values, strict=True):
                     if isinstance(value, types.FunctionType):
                         self._function(value, None)
-                    elif _may_change(value):
+                    elif may_change(value):
                         self.note((cells[name], (("attr", "cell_contents"),)), value)
                 return
 
@@ -384,13 +379,13 @@ class Watch:
         if is_machinery(function.__code__.co_filename):
             return
         for index, value in enumerate(function.__defaults__ or ()):
-            if _may_change(value) and not isinstance(value, _PLAIN):
+            if may_change(value) and not isinstance(value, PLAIN_TYPES):
                 self.note((function, (("attr", "__defaults__"), ("item", index))), value)
         for name, value in (function.__kwdefaults__ or {}).items():
-            if _may_change(value) and not isinstance(value, _PLAIN):
+            if may_change(value) and not isinstance(value, PLAIN_TYPES):
                 self.note((function, (("attr", "__kwdefaults__"), ("item", name))), value)
         for cell in function.__closure__ or ():
-            self._function(_content(cell), None)
+            self._function(content_of(cell), None)
         self._function(getattr(function, "__wrapped__", None), None)
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -405,12 +400,15 @@ class Watch:
         self._record((id(way[0]), way[1]), way, value, identical=True)
 
     def check_numpy(self, drawn: bool = False) -> None:
-        """Whether numpy's own generator is where it was: no hook sees its draws. `drawn` by a child, which may."""
-        numpy = sys.modules.get("numpy")
-        state = None if numpy is None else repr(numpy.random.get_state(legacy=False))
-        if not drawn and state != self.numpy:
-            self.tracer.refuse(_DRAWS.format("numpy's random"), None)
-        self.numpy = state
+        """Whether numpy's generators are where they were: no hook sees their draws. `drawn` by a child, which may."""
+        for key, (generator, before) in self.numpy.items():
+            after = generator_state(generator)
+            if not drawn and after != before:
+                self.tracer.refuse(_DRAWS.format("numpy's random"), None)
+            self.numpy[key] = generator, after
+
+    def _generator(self, generator: Any) -> None:
+        self.numpy.setdefault(id(generator), (generator, generator_state(generator)))
 
     def changed(self) -> list[Read]:
         """The reads that are no longer true: the forward itself changed them."""
@@ -423,7 +421,7 @@ class Watch:
 
     def stored(self) -> bool:
         """Whether the forward left a traced value in a list, a dict or an object that it read."""
-        return any(type(value) in TRACED for thing, _ in self.before for value in _held(thing))
+        return any(type(value) in TRACED for thing, _ in self.before for value in held_by(thing))
 
     def settled(self, reads: list[Read]) -> None:
         """These come out the same whatever they were: a memo. The capture does not depend on them."""
@@ -432,85 +430,15 @@ class Watch:
 
     def _class_attributes(self) -> None:
         """Plain attributes of classes that the code may have asked by way of `type(self)` or another name."""
-        names = {name for code in self.codes for name in _names(code)}
+        names = {name for code in self.codes for name in names_of(code)}
         for module in (self.root, *self.tracer.inlined):
             (root, steps), _ = self.owners[id(module)]
             self.classes.setdefault(type(module), (root, (*steps, ("attr", "__class__"))))
         for kind, (root, steps) in self.classes.items():
             for base in kind.__mro__:
-                for name in names & vars(base).keys() if not _machinery_of(base) else ():
-                    if isinstance(vars(base)[name], (_PLAIN, *_CONTAINERS)) and not name.startswith("__"):
+                for name in names & vars(base).keys() if not is_torchs_or_pythons(base) else ():
+                    if isinstance(vars(base)[name], (PLAIN_TYPES, *CONTAINERS)) and not name.startswith("__"):
                         self.note((root, (*steps, ("attr", name))), getattr(kind, name))
 
 
 _DRAWS = "it draws from {} numbers, which a graph would do once and for all; draw with torch and compute with the draw"
-
-
-def _all_names(value: Any) -> set[str]:
-    kinds = value.__mro__ if isinstance(value, type) else (value,)
-    return {name for kind in kinds for name in vars(kind)}
-
-
-def _machinery_of(kind: Any) -> bool:
-    """Whether a class or function is torch's or Python's."""
-    module = sys.modules.get(getattr(kind, "__module__", "") or "")
-    return module is not None and is_machinery(getattr(module, "__file__", None) or "<frozen >")
-
-
-def _may_change(value: Any) -> bool:
-    return not isinstance(value, (types.ModuleType, type)) and type(value) not in TRACED
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return ABSENT
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    if type(value) in TRACED:  # which says that it is what it stands for
-        return False
-    if isinstance(value, dict):
-        return depth < 6 and all(_is_plain(k, depth + 1) and _is_plain(v, depth + 1) for k, v in value.items())
-    if isinstance(value, _CONTAINERS):
-        return depth < 6 and all(_is_plain(item, depth + 1) for item in value)
-    return isinstance(value, _PLAIN)
-
-
-def _held(thing: Any) -> Iterator[Any]:
-    if isinstance(thing, dict):
-        return iter(list(thing.values()))
-    return iter(thing if isinstance(thing, _CONTAINERS) else vars(thing).values())
-
-
-def _put_back(thing: Any, held: Any) -> None:
-    if isinstance(thing, list):
-        thing[:] = held
-    elif isinstance(thing, (dict, set)):
-        thing.clear()
-        thing.update(held)
-    else:
-        vars(thing).clear()
-        vars(thing).update(held)
-
-
-@functools.cache
-def _chains(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The globals that code names, each with the attributes that it reads directly behind."""
-    chains: list[list[str]] = []
-    open_chain = False
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            chains.append([step.argval])
-            open_chain = True
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and open_chain:
-            chains[-1].append(step.argval)
-        elif step.opname not in ("CACHE", "PRECALL", "PUSH_NULL"):
-            open_chain = False
-    return tuple(tuple(chain) for chain in chains)
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Names of attributes that code mentions, also in quotes."""
-    return {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}

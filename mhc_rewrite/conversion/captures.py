@@ -6,10 +6,12 @@ read says the same in both.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from mhc_rewrite.capture.call import CallShape, as_now, flatten, modules_in
 from mhc_rewrite.capture.graph import ModuleGraph
 from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.capture.trace import capture_error, trace
-from mhc_rewrite.errors import CaptureError
+from mhc_rewrite.capture.trace import trace
+from mhc_rewrite.capture.tracer import capture_error
+from mhc_rewrite.errors import CaptureError, MHCError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
 from mhc_rewrite.torch_private import without_hooks
 
@@ -136,6 +139,8 @@ def capture_forward(
         if gradients and any(read.root is torch.is_grad_enabled for read in graph.reads):
             with torch.enable_grad():  # it asks: as in the call that it is made for
                 graph = trace(module, name, forward or type(module).forward, bound, inlined)
+        if any(read.root is torch.compiler.is_compiling for read in graph.reads):
+            _check_compiled(graph, lambda: trace(module, name, forward or type(module).forward, bound, inlined))
         with torch.no_grad():
             return graph, find_residuals(graph, module)
 
@@ -150,6 +155,22 @@ def _fits(captured: ModuleGraph, leaves: dict[str, Any]) -> bool:
             ):
                 return False
     return True
+
+
+def _check_compiled(graph: ModuleGraph, again: Callable[[], ModuleGraph]) -> None:
+    """Drops the read of `torch.compiler.is_compiling` where the forward does the same under torch.compile.
+
+    Most ask to leave out a warning or a check. Where it does something else, no eager call can show what.
+    """
+    thread, life = threading.get_ident(), torch.compiler.is_compiling
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: threading.get_ident() == thread or life()):
+        try:
+            compiled = again()
+        except (MHCError, RuntimeError):
+            return
+    unasked = not any(read.root is life for read in compiled.reads)
+    if unasked and compiled.graph.python_code("self").src == graph.graph.python_code("self").src:
+        graph.reads = tuple(read for read in graph.reads if read.root is not life)
 
 
 def _form(value: Any) -> Any:

@@ -25,6 +25,9 @@ from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.plans import ResidualStream
 from mhc_rewrite.sites import recompute, streams
 
+# Variants that differ in nothing but what their Python read: so many are kept.
+_KEPT = 8
+
 # Rewrites made so far, by captured graph and the streams that come in and go out: layers that are alike share them.
 Rewrites = dict[Any, tuple[Rewrite, Callable[..., Any], Callable[..., Any] | None]]
 
@@ -103,6 +106,10 @@ class Variant:
     captured: ModuleGraph
     rewrite: Rewrite
     sites: tuple[FoundSite, ...]
+
+    def differs_in_reads(self, other: Variant) -> bool:
+        """Whether both hold for the same calls, and what their Python read tells them apart."""
+        return (self.sizes, self.dtypes, self.expected) == (other.sizes, other.dtypes, other.expected)
 
 
 @dataclass
@@ -263,7 +270,11 @@ class CarrierRole:
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
         )
-        self.variants.setdefault((training, key, arriving, leaving), []).append(variant)
+        known = self.variants.setdefault((training, key, arriving, leaving), [])
+        known.append(variant)
+        alike = [other for other in known if other.differs_in_reads(variant)]
+        if len(alike) > _KEPT:  # a number that changes at every call, a schedule's say, may not fill the memory
+            known.remove(alike[0])
         return variant
 
 

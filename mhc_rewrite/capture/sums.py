@@ -139,7 +139,7 @@ class Sums:
         if name in _DIFFERENCES:
             given = _bound(("input", "other"), args, kwargs)
             return _difference(given, self.real(given), in_place, _DIFFERENCES[name])
-        if not isinstance(value, Tensor) or not _is_feature(value):
+        if not isinstance(value, Tensor) or not vocabulary.is_feature(value.dtype):
             return None
         if name in _PRODUCTS:
             (first, second), product = _PRODUCTS[name]
@@ -199,10 +199,6 @@ def _bound(names: Sequence[str], args: Any, kwargs: Any) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _is_feature(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
-
-
 def _is_factor(value: Any) -> bool:
     """Whether a number leaves something of the trunk."""
     return isinstance(value, (int, float)) and value != 0
@@ -211,7 +207,7 @@ def _is_factor(value: Any) -> bool:
 def _alike(left: Any, right: Any) -> bool:
     """Whether two are floating tensors of one shape."""
     return (isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape
-            and _is_feature(left) and _is_feature(right))  # fmt: skip
+            and vocabulary.is_feature(left.dtype) and vocabulary.is_feature(right.dtype))  # fmt: skip
 
 
 def _difference(given: dict[str, Any], values: dict[str, Any], in_place: bool, turned: bool) -> Plain | None:

@@ -101,6 +101,11 @@ def name_of(target: Any) -> str:
     return name[1:] if name.startswith("_") and name[1:] in MIXING else name
 
 
+def is_feature(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype can be features."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def is_mixing(target: Any) -> bool:
     """Whether a function mixes features. A custom operator is taken to."""
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):

@@ -278,7 +278,8 @@ transformers, small and with random weights; two models of every module of timm;
 A model counts as *exact* if the converted one equals the original in evaluation and in training mode (relative error
 up to {start:.0e}), and if with every site's parameters perturbed at random it equals an n-stream model (outputs, and
 gradients of the sites; up to {perturbed:.0e}) that the sweep makes from the original's recorded torch calls without the
-package. Where that model's own rule does not apply, the column *perturbed* has a dash. Inputs are the package's own
+package. Where that model's own rule does not apply, the
+column *perturbed* has a dash, and the last column says why: there only the start was compared. Inputs are the package's own
 guess. *adds* are those that the sweep counts by its own rule, in one call: layers that are called again count again,
 and skips over whole stages count too.
 
@@ -317,7 +318,8 @@ def _line(row: dict[str, Any]) -> str:
                        for name, form in row.get("inputs", {}).items())  # fmt: skip
     errors = [_number(row.get(key)) for key in ("evaluation", "training", "perturbed", "gradients")]
     counts = [str(row.get(key, "-")) for key in ("sites", "streams", "adds")]
-    verdict = row["verdict"] + (f": {_clean(row['reason'])}" if row.get("reason") else "")
+    why = row.get("reason") or row.get("note")
+    verdict = row["verdict"] + (f": {_clean(why)}" if why else "")
     return f"| {' | '.join([row['name'], inputs, *counts, *errors, str(row.get('seconds', '-')), verdict])} |"
 
 

@@ -278,10 +278,9 @@ transformers, small and with random weights; two models of every module of timm;
 A model counts as *exact* if the converted one equals the original in evaluation and in training mode (relative error
 up to {start:.0e}), and if with every site's parameters perturbed at random it equals an n-stream model (outputs, and
 gradients of the sites; up to {perturbed:.0e}) that the sweep makes from the original's recorded torch calls without the
-package. Where that model's own rule does not apply, the
-column *perturbed* has a dash, and the last column says why: there only the start was compared. Inputs are the package's own
-guess. *adds* are those that the sweep counts by its own rule, in one call: layers that are called again count again,
-and skips over whole stages count too.
+package. Where that model's own rule does not apply, the column *perturbed* has a dash, and the last column says why:
+there only the start was compared. Inputs are the package's own guess. *adds* are those that the sweep counts by its own
+rule, in one call: layers that are called again count again, and skips over whole stages count too.
 
 """
 

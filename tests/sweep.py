@@ -152,8 +152,8 @@ def _perturbed(run: Any, model: nn.Module, plan: Any, args: Any, kwargs: Any) ->
         parameters = {name: oracle.site_params(named, name) for name in names}
         torch.manual_seed(3)
         want = sweep_oracle.tensors_of(run.replay(plan.streams, parameters, plan.config.n_streams, 1e-6))
-    except sweep_oracle.Unclear as error:
-        return None, None, f"not held against the oracle: {error}"
+    except Exception as error:  # the oracle's, not the conversion's
+        return None, None, f"not held against the oracle: {type(error).__name__}: {_first_line(error)}"
     error = _error(got, want)
     tensors = [p for site in parameters.values() for p in site]
     gradients = [_gradients(result, tensors) for result in (got, want)]
@@ -278,9 +278,9 @@ transformers, small and with random weights; two models of every module of timm;
 A model counts as *exact* if the converted one equals the original in evaluation and in training mode (relative error
 up to {start:.0e}), and if with every site's parameters perturbed at random it equals an n-stream model (outputs, and
 gradients of the sites; up to {perturbed:.0e}) that the sweep makes from the original's recorded torch calls without the
-package. Where that model's own rule does not apply, the column *perturbed* has a dash. Inputs are the package's own
-guess. *adds* are those that the sweep counts by its own rule, in one call: layers that are called again count again,
-and skips over whole stages count too.
+package. Where that model's own rule does not apply, the column *perturbed* has a dash, and the last column says why:
+there only the start was compared. Inputs are the package's own guess. *adds* are those that the sweep counts by its own
+rule, in one call: layers that are called again count again, and skips over whole stages count too.
 
 """
 
@@ -317,7 +317,8 @@ def _line(row: dict[str, Any]) -> str:
                        for name, form in row.get("inputs", {}).items())  # fmt: skip
     errors = [_number(row.get(key)) for key in ("evaluation", "training", "perturbed", "gradients")]
     counts = [str(row.get(key, "-")) for key in ("sites", "streams", "adds")]
-    verdict = row["verdict"] + (f": {_clean(row['reason'])}" if row.get("reason") else "")
+    why = row.get("reason") or row.get("note")
+    verdict = row["verdict"] + (f": {_clean(why)}" if why else "")
     return f"| {' | '.join([row['name'], inputs, *counts, *errors, str(row.get('seconds', '-')), verdict])} |"
 
 

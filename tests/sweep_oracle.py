@@ -225,12 +225,20 @@ class Run(TorchFunctionMode):
             wanted.setdefault(site.holder, []).append(site)
         seen = set()
         for (module, _), residuals in by_visit.items():
-            mine = wanted.get(module, [])
-            for line in {(site.source.file, site.source.line) for site in mine}:
-                here = [site for site in mine if (site.source.file, site.source.line) == line]
-                there = [r for r in residuals if line in self.ops[r.op].lines]
+            mine = sorted(wanted.get(module, []), key=lambda site: int(site.name.rpartition("_")[2]))
+            pairs = [(mine, residuals)]
+            if len(mine) != len(residuals):  # adds that are no sites: the lines tell them apart
+                lines = {(site.source.file, site.source.line) for site in mine}
+                pairs = [
+                    (
+                        [site for site in mine if (site.source.file, site.source.line) == line],
+                        [residual for residual in residuals if line in self.ops[residual.op].lines],
+                    )
+                    for line in lines
+                ]
+            for here, there in pairs:
                 if len(here) != len(there):
-                    raise Unclear(f"{len(there)} adds and {len(here)} sites at {line[0].rsplit('/', 1)[-1]}:{line[1]}")
+                    raise Unclear(f"{len(there)} adds and {len(here)} sites in {module}")
                 for site, residual in zip(here, there, strict=True):
                     matched[residual.op] = residual, site
                     seen.add(site.name)
@@ -346,7 +354,7 @@ class _Replay:
 
     def _begin(self, value: int) -> None:
         if value in self.begins and value not in self.streams:
-            self.streams[value] = [self.values[value]] * self.n
+            self.streams[value] = [self.values[value].clone() for _ in range(self.n)]
 
     def read(self, value: int) -> Tensor:
         """What whoever is no block of a site gets: of a trunk the mean."""
@@ -391,7 +399,7 @@ class _Replay:
         for branch in residual.branches[1:]:
             y = y + self.read(branch)
         new = oracle.apply(torch.stack(self.streams[residual.trunk], dim), y, H_post, H_res, site.channel_dim)
-        self.streams[residual.sum] = list(new.unbind(dim))
+        self.streams[residual.sum] = [one.clone() for one in new.unbind(dim)]  # some are changed in place
 
 
 def _stream_dim(channel_dim: int) -> int:

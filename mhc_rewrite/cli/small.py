@@ -31,7 +31,7 @@ _MAIN_WIDTHS = ("hidden_size", "d_model", "hidden_dim", "embed_dim", "n_embd")
 _LANGUAGE = r"^(text|language|llm|thinker|decoder|lm)(_config|_model_config)?$"
 _HANDED_OVER = re.compile(
     r"^(encoder|vision|image|audio|speech|text|llm|language|lm|decoder|backbone|cross_attention|qformer|out|output|input)"
-    r"_(hidden_size|hidden_dim|dim|embed_dim|d_model|width)$"
+    r"_(hidden_size|hidden_dim|dim|embed_dim|d_model|width)$|^projection_dim$"
 )
 _TO_LANGUAGE = re.compile(r"^(out|output|text|llm|language|lm)_(hidden_size|hidden_dim|dim|embed_dim|d_model)$")
 _TOKEN_IDS = re.compile(r"_token_(id|index)$")
@@ -128,14 +128,14 @@ def _agree(config: Any, parts: Mapping[str, Any], small: dict[str, Any]) -> None
                 break
     for whole, fields in (*((parts[n], small[n]) for n in parts), (config, small)):
         for field, before in _numbers(whole.to_dict()):
-            if re.search(_HANDED_OVER, field) and before in changed:
-                fields[field] = changed[before]
-            elif (
+            if (
                 width is not None
                 and fields is not small
                 and (re.search(_TO_LANGUAGE, field) or (field == "hidden_size" and hasattr(whole, "embed_dim")))
             ):
                 fields[field] = width
+            elif before in changed and re.search(_HANDED_OVER, field):
+                fields[field] = changed[before]
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -455,6 +455,39 @@ def test_gradients_at_the_end_of_a_stream() -> None:
         assert torch.allclose(got, want, rtol=TIGHT)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("layer", [PreNorm, PostNorm])
+def test_a_loop_under_a_checkpoint(layer: type[nn.Module], reentrant: bool) -> None:
+    """Backward runs the layer again, in its place in the stream."""
+    torch.manual_seed(0)
+    model = mhcify(Looped(layer()).double(), (x,), n_streams=N)
+    oracle.perturb(model)
+    given = x.clone().requires_grad_()
+    want = torch.autograd.grad(model(given).cos().sum(), [given, *model.parameters()])
+    _checkpointed(model.block, reentrant)
+    model(given).cos().sum().backward()
+    for got, theirs in zip([given, *model.parameters()], want, strict=True):
+        assert torch.allclose(got.grad, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_checkpoints() -> None:
+    """A state passes a region that Dynamo makes a graph of its own."""
+    _, model = converted()
+    want = torch.autograd.grad(model(x).cos().sum(), list(model.parameters()))
+    blocks = [block.forward for block in model.blocks]
+
+    def run(given: Tensor) -> Tensor:
+        given = model.embed(given)
+        for block in blocks:
+            given = checkpoint(block, given, use_reentrant=False)
+        return model.norm(given)
+
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        result = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+        got = torch.autograd.grad(result.cos().sum(), list(model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(got, want, strict=True))
+
+
 # Other people's extractors
 
 

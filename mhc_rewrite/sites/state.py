@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mhc_rewrite.sites.streams import collapse_gradient, one_stream, read_mean, spread_gradient
 from mhc_rewrite.torch_private import never_an_input_of_graphs
@@ -50,6 +51,8 @@ class StreamState(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is checkpoint:
+            return _checkpoint(*args, **kwargs)
         name, first = _name_of(func), args[0] if args else None
         if isinstance(first, StreamState) and first.written is None:
             if name in _FORM:
@@ -182,6 +185,16 @@ def _copy(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> A
         return copied
     # A function of autograd that returns what it got asks for a view of it, without gradients, and has the graph later.
     return _like(state, copied, torch.is_grad_enabled() or not state.requires_grad)
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Dynamo asks here what to do with a checkpointed region: the streams go in, and are a state inside again."""
+
+    def run(*given: Any, **options: Any) -> Any:
+        own = [_like(old, new) if is_state(old) else new for old, new in zip(args, given, strict=True)]
+        return function(*own, **options)
+
+    return checkpoint(run, *[streams_of(x) if is_state(x) else plain(x) for x in args], **kwargs)
 
 
 def _ask_books(name: str, func: Any, state: StreamState, args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mhc_rewrite.capture.call import describe
-from mhc_rewrite.capture.example import example_call
+from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse
 from mhc_rewrite.conversion.install import install, is_converted, role_of, uninstall
@@ -64,7 +64,7 @@ def mhcify(
     Args:
         model: any module with residual adds `x + F(x)`.
         example_inputs: keyword arguments as a dict, or positional ones as a tuple, for one call of the model. May be
-            left out for models of transformers and timm and for torch's own transformer stacks.
+            left out for models of transformers, timm and torchvision and for torch's own transformer stacks.
         config: the options; or give them as fields: n_streams=4, init="preserve", include=(), exclude=(), ...
         filter_fn: which sites to rewrite, beside include and exclude; gets a `ResidualSite`.
 
@@ -205,15 +205,6 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or 'The model'!r} is a {kind}: this model has hyper-connections of its own, so there is no "
                 "single residual stream to widen."
             )
-    config = getattr(model, "config", None)
-    for option in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-        for owner, where in ((config, "config."), (model, "")):
-            value = getattr(owner, option, 0.0)
-            if isinstance(value, float) and value > 0:
-                raise UnsupportedModelError(
-                    f"{where}{option}={value} skips whole layers while training, the one that ends a residual stream "
-                    f"among them. Set {where}{option}=0.0 before the conversion; dropout and drop-path are fine."
-                )
 
 
 def _conversion(model: nn.Module) -> Conversion:

@@ -31,7 +31,11 @@ class UnsupportedModelError(MHCError):
 
 
 class CaptureError(MHCError):
-    """A forward could not be captured as a graph."""
+    """A forward could not be captured as a graph. `module` names whose."""
+
+    def __init__(self, message: str, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class UnseenCallError(MHCError):

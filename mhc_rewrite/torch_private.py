@@ -29,13 +29,14 @@ class KeepsPrecision(nn.Module):
 
 
 @contextlib.contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside, the forward hooks of a module and all below it do not run: a capture is no call that a user made.
+def without_hooks(*roots: nn.Module) -> Iterator[None]:
+    """Inside, the forward hooks of modules and all below them do not run: a capture is no call that a user made.
 
     Hooks can be removed in public, but only by who holds their handles. Should the attributes go, captures run hooks.
     """
     names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(child, name, getattr(child, name)) for child in module.modules() for name in names]
+    modules = dict.fromkeys(child for root in roots for child in root.modules())
+    kept = [(child, name, getattr(child, name)) for child in modules for name in names]
     try:
         for child, name, _ in kept:
             setattr(child, name, OrderedDict())
@@ -43,6 +44,14 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for child, name, hooks in kept:
             setattr(child, name, hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module's calls go through torch.compile: wrapped by it, or compiled in place by `Module.compile`.
+
+    Neither says so in public. Should the names go, such a model is compiled while it is analysed: right, and slow.
+    """
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def decompose_in_compiled_graphs(
@@ -63,6 +72,17 @@ def decompose_in_compiled_graphs(
             return body(*args, **kwargs)
 
     operator.register_torch_dispatch(FunctionalTensorMode, rule)
+
+
+def never_an_input_of_graphs(kind: type[Tensor]) -> None:
+    """Makes Dynamo take tensors of this class that reach a frame for Python objects, whose attributes it reads.
+
+    As tensors they would be inputs of graphs, which run as if no class had another view of their memory. Should the
+    setting go, layers that are compiled one by one fail, and tests/test_readers.py first.
+    """
+    from torch._dynamo import config
+
+    config.nontraceable_tensor_subclasses.add(kind)
 
 
 def inside_function_transform() -> bool:

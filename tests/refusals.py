@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -91,10 +90,10 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-def in_two_streams() -> nn.Module:
+def in_two_streams(*further: nn.Module) -> nn.Module:
     """A block twice, a projection that ends their stream, and the same block once."""
     block = Further()
-    return Stack(block, block, nn.Linear(WIDTH, WIDTH), block)
+    return Stack(block, block, nn.Linear(WIDTH, WIDTH), block, *further)
 
 
 class Scripted(nn.Module):
@@ -154,13 +153,6 @@ class TypedStack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.to(self.trunk))
-
-
-class Holder(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = x + layer(x)
-        return x
 
 
 class SomeHyperConnection(nn.Module):
@@ -301,27 +293,18 @@ REFUSALS = {
         lambda: TypedStack(torch.complex64, torch.complex64), UnsupportedModelError,
         (line(TypedBlock.forward, "return"), "complex64", "torch.float32"),
         inputs=features(torch.complex64)),
-    "config.layerdrop": Refusal(lambda: with_attributes(stack(), config=SimpleNamespace(layerdrop=0.1)),
-                                UnsupportedModelError,
-                                ("config.layerdrop=0.1", "Set config.layerdrop=0.0")),
-    "config.decoder_layerdrop": Refusal(
-        lambda: with_attributes(stack(), config=SimpleNamespace(layerdrop=0.0, decoder_layerdrop=0.2)),
-        UnsupportedModelError,
-        ("config.decoder_layerdrop=0.2", "Set config.decoder_layerdrop=0.0")),
-    "model.layerdrop": Refusal(lambda: with_attributes(stack(), layerdrop=0.1), UnsupportedModelError,
-                               ("layerdrop=0.1", "Set layerdrop=0.0")),
-    "adds in a Sequential": Refusal(
-        lambda: Stack(Block(), Holder(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))), UnsupportedModelError,
-        ("'layers.1'", line(Holder.forward, "x + layer(x)"), "Derive it from nn.Module")),
     "a name that is taken": Refusal(lambda: Stack(Block(), with_attributes(Block(), mhc_0="mine")),
                                     UnsupportedModelError,
                                     ("'layers.1'", "'mhc_0'", "rename it")),
     "a module of two streams": Refusal(
-        in_two_streams, UnsupportedModelError,
+        lambda: in_two_streams(Block(), Block()), UnsupportedModelError,
         ("'layers.0'", "two residual streams", line(Further.forward, "x = x"), "exclude=('layers.0',)")),
+    "a module of two streams and nothing else": Refusal(
+        in_two_streams, UnsupportedModelError,
+        ("'layers.0'", "two residual streams", "give each stream a module of its own.")),
     # forwards that can't be captured
     "a branch on content": Refusal(
-        lambda: Stack(Block(), Branching(), Block()), CaptureError,
+        lambda: Stack(Block(), Branching(), Block(), Block()), CaptureError,
         ("'layers.1' (Branching)", line(Branching.forward, "if x.abs()"), "content of a tensor",
          "exclude=('layers.1',)")),
     "a replaced forward": Refusal(lambda: with_replaced_forward(stack(), 0), CaptureError,

@@ -100,7 +100,7 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[bool], dict[str, Any]]
     layers: tuple[str, ...]
-    stream_shape: tuple[int, ...]
+    trunk_shape: tuple[int, ...]
     checkpointing: Callable[[nn.Module], object]
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ CASES = [
         GPT,
         lambda large: {"ids": ids(3, 9) if large else ids()},
         ("blocks.0", "blocks.1", "blocks.2"),
-        (2, 6, 4, WIDTH),
+        (2, 6, WIDTH),
         lambda model: setattr(model, "checkpointing", True),
     ),
     Case(
@@ -139,7 +139,7 @@ CASES = [
         gpt2,
         lambda large: {"input_ids": ids(3, 9) if large else ids(), "use_cache": False},
         ("transformer.h.0", "transformer.h.1", "transformer.h.2"),
-        (2, 6, 4, WIDTH),
+        (2, 6, WIDTH),
         lambda model: model.activation_checkpointing_enable(),
     ),
     Case(
@@ -147,7 +147,7 @@ CASES = [
         resnet18,
         lambda large: {"x": torch.randn(3, 3, 48, 40) if large else torch.randn(2, 3, 32, 32)},
         ("layer1.0", "layer1.1"),
-        (2, 4, 64, 8, 8),
+        (2, 64, 8, 8),
         lambda model: model.set_grad_checkpointing(True),
     ),
 ]

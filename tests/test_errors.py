@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,6 @@ from refusals import (
     features,
     line,
     stack,
-    with_attributes,
 )
 
 # -- as it was -------------------------------------------------------------------------------------------------------
@@ -160,11 +158,6 @@ def test_one_stream_is_left_alone() -> None:
     assert mhcify(model, features(), n_streams=2) is model  # not taken to be converted
 
 
-def test_layers_that_are_dropped_may_be_set_to_zero() -> None:
-    model = with_attributes(stack(), config=SimpleNamespace(layerdrop=0.0, encoder_layerdrop=0))
-    assert len(report(mhcify(model, features())).plan.sites) == 3
-
-
 def test_min_sites_says_how_many_there_are() -> None:
     model = lived_in(stack())
     with untouched(model), pytest.raises(NoResidualError) as caught:
@@ -250,20 +243,3 @@ def test_adds_that_the_example_did_not_show() -> None:
     message = str(caught.value)
     assert "'layers.0'" in message and line(Further.forward, "if further else x") in message
     assert "further=True" in message and "Convert again with example inputs of this kind" in message
-
-
-def test_a_stream_that_is_not_collapsed() -> None:
-    """The model is changed after the conversion: its last layer is gone, and its own code reads the trunk."""
-
-    class Doubling(Stack):
-        def forward(self, x: Tensor, **options: Any) -> Tensor:
-            for layer in self.layers:
-                x = layer(x, **options)
-            return x * 2
-
-    model = mhcify(Doubling(Block(), Block(), Block()), features())
-    model.layers = model.layers[:2]
-    with pytest.raises(StreamError) as caught:
-        model(*features())
-    message = str(caught.value)
-    assert "the model" in message and "'layers.2'" in message and "unmhcify(model), then mhcify" in message

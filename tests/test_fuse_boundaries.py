@@ -311,7 +311,8 @@ def test_layers(name: str) -> None:
     perturb(model)
     layers = [Counter(node.role for node in graph.rewritten) for graph in graphs(model)]
     assert [(roles["pre"], roles["boundary"]) for roles in layers] == [(1, 1)] * len(layers)
-    assert layers[-1]["collapse"] == 1 and layers[0]["expand"] == 1
+    # The last layer hands on streams as well, whose mean its reader takes: layers may run more often than here.
+    assert not any(roles["collapse"] for roles in layers) and layers[0]["expand"] == 1
 
     args, kwargs = row.arguments()
     kwargs["use_cache"] = False

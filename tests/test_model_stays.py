@@ -197,8 +197,8 @@ def test_gradient_checkpointing(case: Case, when: str) -> None:
     assert len(calls) == 2 * len(case.layers), "the layers ran once: nothing was recomputed"
 
 
-def test_hooks_see_streams(case: Case) -> None:
-    """Inside a stream hooks see n streams, around the whole model the original shapes."""
+def test_hooks_see_the_trunk(case: Case) -> None:
+    """Inside a stream hooks see the mean of n streams, in the original shapes."""
     model = case.converted()
     before = case.run(case.original()).shape
     shapes: dict[str, tuple[int, ...]] = {}
@@ -218,9 +218,8 @@ def test_hooks_see_streams(case: Case) -> None:
     handles.append(second.register_forward_pre_hook(lambda module, args: entered.append(tuple(args[0].shape))))
     want = case.run(model)
     assert shapes[""] == before
-    assert all(shapes[name] == case.stream_shape for name in case.layers[:-1])
-    assert len(shapes[case.layers[-1]]) == len(case.stream_shape) - 1
-    assert entered == [case.stream_shape]
+    assert all(shapes[name] == case.trunk_shape for name in case.layers)
+    assert entered == [case.trunk_shape]
     # A hook may replace what a layer gives.
     handles.append(model.get_submodule(case.layers[0]).register_forward_hook(double))
     assert relative(case.run(model), want) > 1e-3

@@ -19,6 +19,7 @@ import oracle
 from handmade import BY_NAME, KINDS, Kind
 from handmade.common import PreNorm, Stack, names, prenorm_by_hand
 from mhc_rewrite import mhcify, plan
+from mhc_rewrite.sites.state import streams_of
 from oracle import Streams
 
 PRESERVED = 1e-10
@@ -300,7 +301,7 @@ def test_trunk_and_branch_of_different_dtypes() -> None:
     state = dict(oracle.site_parameters(model))
     assert {p.dtype for p in state.values()} == {torch.float32}
     dtypes = []
-    model.layers[1].register_forward_hook(lambda module, inputs, output: dtypes.append((output.dtype, output.dim())))
+    model.layers[1].register_forward_hook(lambda *given: dtypes.append((given[2].dtype, streams_of(given[2]).dim())))
     hand = Streams(state, 4)
     with torch.no_grad():
         got, before = model(x), original(x)

@@ -107,7 +107,7 @@ def test_decoys(forward: Callable[..., Any]) -> None:
     layer = Layer(forward)
     carriers, rejections = carriers_of(layer)
     assert {r.rule for r in rejections} == ({in_recording} if in_recording else set())
-    assert bool(carriers) is (in_recording is None or sites > 0 or forward is experts)
+    assert bool(carriers) is (in_recording is None or sites > 0)
     captured, residuals = capture(layer)
     assert {r.rule for r in residuals.rejections} == {in_graph}
     assert sum(len(trunk.sites) for trunk in residuals.trunks) == sites
@@ -153,8 +153,8 @@ def softmax_between(self: Any, x: Tensor) -> Tensor:
 
 
 def view_between(self: Any, x: Tensor) -> Tensor:
-    """The branch says that C is axis 1; a view can be lifted only where C is the last."""
-    y = x.view(2, 5, WIDTH)
+    """The branch says that C is axis 1; axes before the last can be moved only where C is the last."""
+    y = x.transpose(0, 1).transpose(0, 1)
     return y + F.conv1d(x, torch.ones(5, 5, 1))  # this
 
 
@@ -290,9 +290,7 @@ def test_a_plan_rejects_an_add_once() -> None:
         lambda x: x.mT,
         lambda x: x.mH,
         lambda x: x.adjoint(),
-        pytest.param(
-            lambda x: torch.einsum("bct->btc", x), marks=pytest.mark.xfail(reason="einsum is not followed", strict=True)
-        ),
+        lambda x: torch.einsum("bct->btc", x),
     ],
     ids=["transpose", "permute", "swapaxes", "movedim", "mT", "mH", "adjoint", "einsum"],
 )

@@ -10,13 +10,17 @@ import copy
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import CellType, FunctionType, MethodType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from mhc_rewrite.capture.state import alone
 
 PLAIN = (
     bool,
@@ -94,24 +98,64 @@ def _flatten(value: Any, path: str, key: list[Any], leaves: dict[str, Any]) -> N
             _flatten(item, f"{path}.{name}", key, leaves)
     else:
         leaves[path] = value
-        key.append((path, "object"))
+        key.append((path, "object", type(value).__qualname__))
 
 
 def copied(value: Any) -> Any:
     """A copy of an object such as a cache, its tensors without their autograd history."""
-    with mock.patch.object(Tensor, "__deepcopy__", lambda tensor, memo: tensor.detach().clone()):
+    here, original = threading.get_ident(), Tensor.__deepcopy__
+
+    def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
+        return tensor.detach().clone() if threading.get_ident() == here else original(tensor, memo)
+
+    with alone(), mock.patch.object(Tensor, "__deepcopy__", deepcopy):
         return copy.deepcopy(value)
 
 
-def as_now(value: Any) -> Any:
-    """Arguments with copies of objects such as caches: a call will change them."""
-    if isinstance(value, (Tensor, nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
+def as_now(value: Any, known: dict[int, Tensor] | None = None) -> Any:
+    """Arguments with copies of tensors and of objects such as caches: a call may change them.
+
+    What is one tensor stays one: `known` are the copies made so far, by the id of what they are of.
+    """
+    known = {} if known is None else known
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = value.detach().clone()
+        return known[id(value)]
+    if isinstance(value, (nn.Module, torch.Generator, *PLAIN)) or value is None or callable(value):
         return value
     if type(value) in (tuple, list):
-        return type(value)(as_now(item) for item in value)
+        return type(value)(as_now(item, known) for item in value)
     if type(value) is dict:
-        return {key: as_now(item) for key, item in value.items()}
+        return {key: as_now(item, known) for key, item in value.items()}
     return copied(value)
+
+
+def modules_in(value: Any) -> list[nn.Module]:
+    """The modules that calling an argument would run: itself, whose method it is, what it closes over."""
+    found: dict[int, nn.Module] = {}
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            found[id(item)] = item
+        elif isinstance(item, (tuple, list)):
+            todo.extend(item)
+        elif isinstance(item, dict):
+            todo.extend(item.values())
+        elif isinstance(item, functools.partial):
+            todo.extend((item.func, item.args, item.keywords))
+        elif isinstance(item, MethodType):
+            todo.extend((item.__self__, item.__func__))
+        elif isinstance(item, FunctionType):
+            todo.append(item.__defaults__ or ())
+            todo.extend(cell.cell_contents for cell in item.__closure__ or () if cell != CellType())
+        elif callable(item) and not isinstance(item, type):
+            todo.append(getattr(item, "__dict__", {}))
+    return list(found.values())
 
 
 def replace_leaves(value: Any, path: str, leaves: dict[str, Any]) -> Any:

@@ -6,36 +6,65 @@ through code that is never traced, by the identity of the tensors that pass.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
+from mhc_rewrite.capture.functions import opaque_calls
+from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.plans import SourceLine
 
-_OWN_CODE = str(Path(__file__).parents[1])
-_TORCH_CODE = str(Path(torch.__file__).parent)
+_OWN_CODE = f"{Path(__file__).parents[1]}{os.sep}"
+_TORCH_CODE = f"{Path(torch.__file__).parent}{os.sep}"
+_TORCH_MODULES = f"{Path(nn.__file__).parent / 'modules'}{os.sep}"
 
 
 def user_line() -> SourceLine | None:
-    """The innermost line outside of torch's machinery and this package; lines of `torch.nn.modules` count as code."""
+    """The innermost line of the user's code that is being run."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        machinery = file.startswith(_TORCH_CODE) and not (("/nn/modules/" in file and frame.f_code.co_name[0] != "_")
-                                                          or "/nn/modules/transformer" in file)  # fmt: skip
-        if not machinery and not file.startswith(_OWN_CODE) and not file.endswith("contextlib.py"):
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if is_user_code(file, function):
             return source_line(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+Frame = tuple[str, str, int, int]  # file, function, line, and the instruction within the function
+
+
+def frames_within(outermost: tuple[CodeType, ...]) -> tuple[Frame, ...]:
+    """The frames of all code but this package's, from the innermost call of `outermost` to here, outermost first."""
+    frames: list[Frame] = []
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code not in outermost:
+        file = frame.f_code.co_filename
+        if not file.startswith(_OWN_CODE):
+            frames.append((file, frame.f_code.co_name, frame.f_lineno or 0, frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(reversed(frames))
+
+
+def is_user_code(file: str, function: str) -> bool:
+    """Whether a line is neither torch's machinery nor this package's; what `torch.nn.modules` computes is code.
+
+    A package whose folder's name only begins with torch's is the user's.
+    """
+    if file.startswith(_TORCH_MODULES):
+        return function[0] != "_" or Path(file).name == "transformer.py"
+    return not file.startswith((_TORCH_CODE, _OWN_CODE)) and file != contextlib.__file__
 
 
 def source_line(file: str, line: int) -> SourceLine:
@@ -56,6 +85,7 @@ class Operation:
     call: int
     mixing: bool
     source: SourceLine | None = None
+    where: str = ""  # which part of its first input it takes, where it takes one
 
     @property
     def name(self) -> str:
@@ -73,6 +103,7 @@ class ModuleCall:
     bound: dict[str, Any]
     inputs: dict[int, int]  # id of a tensor argument -> value at entry
     first: int
+    key: tuple[Any, ...] = ()  # of the bound arguments, at entry
     leaf_values: dict[str, int] = field(default_factory=dict)  # path of a leaf of the bound arguments -> value
     last: int = -1
     outputs: tuple[int | None, ...] = ()  # values of the result's leaves; None for what is no tensor
@@ -120,6 +151,7 @@ class _Recorder(TorchFunctionMode):
         self.recording = recording
         self.values: dict[int, int] = {}
         self.stack: list[int] = []
+        self.sums = Sums(lambda structure: structure)
 
     def value(self, tensor: Tensor) -> int:
         known = self.values.get(id(tensor))
@@ -135,15 +167,26 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        plain = self.sums.plain(func, args, kwargs)
+        if plain is not None:
+            with self:
+                return plain()
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         inputs = tuple(self.value(t) for t in tensors)  # before the call, which may change them
         result = func(*args, **kwargs)
-        if inputs and self.stack:
+        self.sums.note(func, args, kwargs, result)
+        if vocabulary.name_of(func) in vocabulary.LIKE:
+            inputs = ()
+        if tensors and self.stack:
             writes = vocabulary.name_of(func) == "setitem"
             results = [args[0]] if writes else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             if not (writes or vocabulary.is_inplace(func, kwargs)):
                 results = [t for t in results if not any(t is given for given in tensors)]
             self.write(func, inputs, results, vocabulary.is_mixing(func))
+            operation = self.recording.operations[-1]
+            if operation.name in vocabulary.SLICING:
+                index = tree_map(lambda x: ("value", self.value(x)) if isinstance(x, Tensor) else x, (args[1:], kwargs))
+                operation.where = repr(index)
         return result
 
     def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:
@@ -155,6 +198,15 @@ class _Recorder(TorchFunctionMode):
         for value in outputs:
             self.recording.producer[value] = operation
 
+    def opaque(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """A function whose own calls need not show: what it makes out of their sight is taken to be mixed."""
+        inputs = tuple(self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        result = function(*args, **kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and id(t) not in self.values]
+        if made and self.stack:
+            self.write(function, inputs, made, True)
+        return result
+
     def enter(self, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         parent = self.stack[-1] if self.stack else -1
@@ -163,7 +215,8 @@ class _Recorder(TorchFunctionMode):
             index=len(self.recording.calls), module=module, name=name, parent=parent, bound=bound,
             inputs={id(t): self.value(t) for t in tensors}, first=len(self.recording.operations),
         )  # fmt: skip
-        call.leaf_values = {p: self.value(v) for p, v in flatten(bound)[1].items() if isinstance(v, Tensor)}
+        call.key, leaves = flatten(bound)
+        call.leaf_values = {path: self.value(v) for path, v in leaves.items() if isinstance(v, Tensor)}
         self.recording.calls.append(call)
         self.stack.append(call.index)
 
@@ -181,7 +234,7 @@ class _Recorder(TorchFunctionMode):
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording, Any]:
     """Runs `model(*args, **kwargs)` and returns what happened, and the result. The caller protects the state."""
-    args, kwargs = as_now(args), as_now(kwargs)
+    args, kwargs = as_now((args, kwargs))
     recording = Recording()
     recorder = _Recorder(recording)
     handles = []
@@ -196,7 +249,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leaving))
-        with recorder:
+        with opaque_calls(recorder.opaque, inline_checkpoints=False), recorder:
             result = model(*args, **kwargs)
     finally:
         for handle in handles:

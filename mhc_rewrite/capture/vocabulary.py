@@ -1,4 +1,4 @@
-"""What operators mean to the analysis, by name: which ones add, mix features, act per element, and along which axis.
+"""What operators mean to the analysis, by name: which ones add, mix features, act per element, and by what.
 
 One table a question; a new operator is one word here. Names are those of torch functions, Tensor methods and
 `operator` functions alike (`add`, `__add__`, `torch.add` and `operator.add` are all "add").
@@ -6,33 +6,48 @@ One table a question; a new operator is one word here. Names are those of torch 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 ADD = frozenset({"add", "add_", "iadd", "radd"})
 
+CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+
 # Operations that mix features or tokens: what makes a branch a block rather than an activation.
-MIXING = frozenset(
+MIXING = CONVOLUTIONS | frozenset(
     "linear bilinear matmul rmatmul mm bmm mv baddbmm addmm einsum tensordot chain_matmul multi_dot "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
     "scaled_dot_product_attention multi_head_attention_forward flex_attention "
     "lstm gru rnn_tanh rnn_relu cumsum logcumsumexp cumprod "
     "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn "
     "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d".split()
 )
 
-# Element by element, with one tensor: lifted to the streams as they are.
+# Element by element in their first tensor: lifted to the streams as they are. Names in place count too.
 POINTWISE = frozenset(
-    "relu relu6 gelu silu tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu mish softplus clamp clip "
-    "contiguous clone to float double half bfloat16 type type_as neg nan_to_num".split()
+    "relu relu6 gelu silu tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu celu selu mish softplus softsign "
+    "logsigmoid tanhshrink hardshrink softshrink threshold abs exp expm1 log1p sqrt square sign sin cos erf pow "
+    "clamp clamp_min clamp_max clip maximum minimum masked_fill nan_to_num "
+    "contiguous clone detach to float double half bfloat16 type type_as neg negative positive".split()
 )
-# Element by element, with a second operand that may be a tensor.
+# Element by element, with a second operand that may be a tensor. Of `OFFSETS` and products either may be the trunk.
+OFFSETS = ADD | {"sub", "sub_", "isub", "rsub", "subtract"}
 SCALING = frozenset({"mul", "rmul", "imul", "mul_", "truediv", "div", "div_", "itruediv"})
 DROPOUT = frozenset({"dropout", "dropout_"})
-RESHAPING = frozenset({"view", "reshape", "flatten", "unflatten"})
 PERMUTING = frozenset("permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH".split())
+
+# Those that a sum of states passes through unharmed: the trunk as a whole goes through, not a block.
+LINEAR = (
+    SCALING
+    | ADD
+    | DROPOUT
+    | frozenset("view reshape flatten unflatten contiguous clone to float double half bfloat16 type type_as".split())
+)
+
+# What takes a part of its first tensor.
+SLICING = frozenset("getitem select narrow unbind split chunk tensor_split split_with_sizes index_select".split())
+# Functions of a tensor that leave some of its tokens out, or repeat or add some.
+RESIZING = frozenset("getitem narrow select index_select repeat_interleave pad".split())
 
 # Functions that make a tensor from sizes alone.
 FACTORIES = tuple(
@@ -45,11 +60,32 @@ FORM = frozenset(
     "get_device element_size nelement __len__ is_contiguous".split()
 )
 
-# The axis along which an operator mixes or normalises its first tensor.
-LAST_AXIS = frozenset({"linear", "layer_norm", "rms_norm", "matmul"})
-CHANNEL_AXIS = frozenset(
-    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "batch_norm", "group_norm", "instance_norm"}
+# Functions that take a tensor's form and none of its values.
+LIKE = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
+    "new_zeros new_ones new_empty new_empty_strided new_full new_tensor".split()
 )
+
+# Those that see whether gradients are recorded, which a capture does not know.
+GRADIENT = frozenset({"requires_grad", "is_leaf", "grad_fn"})
+
+# What hands a tensor's memory to code that is not torch's: a graph could not follow it there.
+EXITS = {
+    "numpy": "numpy",
+    "__array__": "numpy",
+    "__array_wrap__": "numpy",
+    "__dlpack__": "DLPack",
+    "__cuda_array_interface__": "another library",
+    "data_ptr": "a pointer",
+    "untyped_storage": "its storage",
+    "storage": "its storage",
+    "share_memory_": "shared memory",
+    "__reduce_ex__": "a pickle",
+    "register_hook": "a hook of autograd",
+    "register_post_accumulate_grad_hook": "a hook of autograd",
+}
+
+# What averages or measures along an axis.
 REDUCTIONS = frozenset({"mean", "var", "std", "norm", "vector_norm", "var_mean", "std_mean"})
 
 
@@ -63,6 +99,11 @@ def name_of(target: Any) -> str:
     name = name.split(".")[0]  # an OpOverload is called "add.Tensor"
     name = name.removeprefix("fft_")  # torch.fft.fftn calls itself "fft_fftn"
     return name[1:] if name.startswith("_") and name[1:] in MIXING else name
+
+
+def is_feature(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype can be features."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def is_mixing(target: Any) -> bool:
@@ -82,49 +123,10 @@ def counts_by_size(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def is_inplace(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes its result into its first tensor."""
+    """Whether a function writes its result into one of its tensors: the first, or `out`."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     bare = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     augmented = bare in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul")
-    return augmented or (bare.endswith("_") and not bare.endswith("__")) or kwargs.get("inplace") is True
-
-
-class AxisFollower:
-    """Follows a tensor's axes through permutations until an operator shows which of them carries the features.
-
-    Keys are whatever names tensors: object ids while running, nodes in a graph.
-    """
-
-    def __init__(self, key: Hashable, rank: int) -> None:
-        self.axes: dict[Hashable, tuple[int, ...]] = {key: tuple(range(rank))}
-
-    def step(self, target: Any, inputs: Sequence[Hashable], args: tuple[Any, ...], kwargs: dict[str, Any],
-             output: Hashable, output_rank: int | None) -> int | None:  # fmt: skip
-        """The feature axis of the tensor that is followed, if this operator decides it; follows on otherwise."""
-        source = next((key for key in inputs if key in self.axes), None)
-        if source is None:
-            return None
-        axes, name = self.axes[source], name_of(target)
-        if name == "matmul" and source != inputs[0]:
-            name = ""  # a matrix from the left mixes tokens, as in MLP-Mixer, and says nothing of the features
-        if name in LAST_AXIS:
-            return axes[-1]
-        if name in CHANNEL_AXIS and len(axes) > 1:
-            return axes[1]
-        if name in REDUCTIONS:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-            return axes[dims[0]] if len(dims) == 1 and isinstance(dims[0], int) and dims[0] < len(axes) else None
-        if name in PERMUTING:
-            axes = _permuted(name, axes, args[1:], kwargs)
-        if axes is not None and output_rank == len(axes):
-            self.axes.setdefault(output, axes)
-        return None
-
-
-def _permuted(name: str, axes: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """Axes after a permutation, found by carrying it out on a tensor whose sizes are the axes' numbers."""
-    probe = torch.empty([axis + 1 for axis in axes], device="meta")
-    with torch._C.DisableTorchFunction():
-        moved = getattr(probe, name)
-        return tuple(size - 1 for size in (moved if isinstance(moved, torch.Tensor) else moved(*args, **kwargs)).shape)
+    if kwargs.get("inplace") is True or kwargs.get("out") is not None:
+        return True
+    return augmented or (bare.endswith("_") and not bare.endswith("__"))

@@ -18,7 +18,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.example import example_call
+from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import CommandError, UsageError
 from mhc_rewrite.cli.options import Settings, Spec

@@ -5,50 +5,37 @@ Nothing here changes the model.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
 
-from mhc_rewrite.capture.call import flatten
-from mhc_rewrite.capture.example import further_calls
+from mhc_rewrite.capture.examples import further_calls
 from mhc_rewrite.capture.record import ModuleCall, Recording, record
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.captures import CallKind, Captures
-from mhc_rewrite.errors import CaptureError, ConfigError, ExampleInputsError, NoResidualError, UnsupportedModelError
-from mhc_rewrite.passes.expand_streams import SiteTarget
+from mhc_rewrite.conversion.naming import DTYPES, CarrierWiring, Mode, agreed_chains, name_sites, wire
+from mhc_rewrite.errors import (
+    CaptureError,
+    ConfigError,
+    ExampleInputsError,
+    MHCError,
+    NoResidualError,
+    UnsupportedModelError,
+)
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
-from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, mixes
-from mhc_rewrite.passes.link_streams import Ending, LinkedStream, SiteRef, link_streams, site_ref
-from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan, SourceLine
+from mhc_rewrite.passes.link_streams import LinkedStream, SiteRef, decided_axes, decided_sources, link_streams
+from mhc_rewrite.passes.same_site import Known, SiteKey
+from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class CarrierWiring:
-    """What installing needs to know of one carrier.
-
-    Attributes:
-        inlined: names of the modules captured as part of it.
-        targets: adds to rewrite, by key.
-        known: all residual adds that the example showed, by key.
-        entries: leaf path -> (rank of the trunk, stream number, whether it may come in as streams).
-        leaves: stream number -> for each call in one run of the scope, whether the stream goes on afterwards.
-    """
-
-    inlined: set[str] = field(default_factory=set)
-    targets: dict[SiteKey, SiteTarget] = field(default_factory=dict)
-    known: set[SiteKey] = field(default_factory=set)
-    entries: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
-    leaves: dict[int, list[bool]] = field(default_factory=dict)
+# How many modules an error proposes to exclude.
+_MANY = 8
 
 
 @dataclass
@@ -59,30 +46,13 @@ class Analysis:
         plan: the plan.
         carriers: wiring by carrier name.
         captures: the captured forwards, by kind of call.
-        readers: stream number -> modules that read the mean of its trunk.
-        may_end_early: streams whose last layers may be skipped.
         results: what the model returned on the example, per mode.
     """
 
     plan: RewritePlan
     carriers: dict[str, CarrierWiring]
     captures: Captures
-    readers: dict[int, set[str]]
-    may_end_early: set[int]
     results: dict[bool, Any]
-
-
-@dataclass
-class _Mode:
-    """One run of the model, in training or evaluation mode."""
-
-    training: bool
-    recording: Recording
-    calls: list[tuple[ModuleCall, Residuals]]
-    streams: list[LinkedStream]
-    rejections: list[Rejection]
-    endings: list[Ending]
-    result: Any
 
 
 def analyse(
@@ -108,16 +78,46 @@ def analyse(
     except ExampleInputsError as error:
         why = str(error.__cause__).splitlines()[0]
         notes.append(f"The example can't be run in training mode ({why}); that variant is captured at its first call.")
+    try:
+        return _planned(model, args, kwargs, config, filter_fn, runs, notes)
+    except CaptureError as error:
+        out = _way_out(error, lambda names: _planned(
+            model, args, kwargs, replace(config, exclude=(*config.exclude, *names)), filter_fn, runs, notes
+        ))  # fmt: skip
+        if not out:
+            raise
+        raise CaptureError(f"{error} Or leave out what can't be captured, with exclude={out}.", error.module) from error
+
+
+def _way_out(error: CaptureError, planned: Callable[[tuple[str, ...]], Analysis]) -> tuple[str, ...]:
+    """The modules to exclude so that a plan has sites; () where that does not help, or takes more than a few."""
+    names: tuple[str, ...] = ()
+    while error.module and error.module not in names and len(names) < _MANY:
+        names = (*names, error.module)
+        try:
+            planned(names)
+        except CaptureError as further:
+            error = further
+        except MHCError:
+            return ()
+        else:
+            return names
+    return ()
+
+
+def _planned(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig,
+    filter_fn: Callable[[ResidualSite], bool] | None, runs: list[tuple[Recording, Any]], notes: list[str],
+) -> Analysis:  # fmt: skip
+    """The analysis of recorded runs."""
     captures, modes = _capture_and_link(model, args, kwargs, config, runs)
     rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
-    sites = _name_sites(model, modes)
+    sites = name_sites(model, modes)
     _check_patterns(config, sites.values(), modes)
-    chains = _agreed_chains(modes)
+    chains = agreed_chains(modes)
     streams: list[ResidualStream] = []
     kept: list[tuple[SiteRef, ...]] = []
     repeated: list[set[str]] = []
-    readers: dict[int, set[str]] = {}
-    may_end_early: set[int] = set()
     for chain, linked in chains:
         chosen = [replace(sites[ref], excluded=not _wanted(sites[ref], config, filter_fn)) for ref in chain]
         included = [i for i, site in enumerate(chosen) if not site.excluded]
@@ -128,14 +128,10 @@ def analyse(
         part = slice(included[0], included[-1] + 1)
         outside = [*chosen[: part.start], *chosen[part.stop :]]
         rejections += [Rejection(s.holder, s.source, "excluded", "excluded, at the end of a stream") for s in outside]
-        number = len(streams)
         kept.append(chain[part])
         called = [segment.call.name for segment in linked.segments]
         repeated.append({name for name in called if called.count(name) > 1})
         streams.append(_stream(tuple(chosen[part]), linked))
-        readers[number] = linked.readers
-        if linked.may_end_early and chain[part] == linked.refs:
-            may_end_early.add(number)
     # The recording and a graph may both have seen an add: one reason a line.
     once = {(r.source, r.rule) if r.source else r: r for r in reversed(rejections)}
     plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(reversed(once.values())), tuple(notes))
@@ -144,9 +140,10 @@ def analyse(
     _check_dtypes(plan)
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
-            captures.collect(more_args, more_kwargs, mode.training)
-    wiring = _wire(modes, streams, kept, repeated, captures.inlined)
-    return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
+            with contextlib.suppress(Exception):  # this model is not called so, or not on this device
+                captures.collect(more_args, more_kwargs, mode.training)
+    wiring = wire(modes, streams, kept, repeated, captures)
+    return Analysis(plan, wiring, captures, {mode.training: mode.result for mode in modes})
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Recording, Any]:
@@ -169,11 +166,20 @@ def _capture_and_link(
     kwargs: dict[str, Any],
     config: MHCConfig,
     runs: list[tuple[Recording, Any]],
-) -> tuple[Captures, list[_Mode]]:
-    """Captures the carriers and links their streams; a parent whose own code reads a trunk is captured with them."""
+) -> tuple[Captures, list[Mode]]:
+    """Captures the carriers and links their streams; a parent whose own code changes a trunk is captured with them."""
     parents: frozenset[str] = frozenset()
     while True:
         chosen = [find_carriers(recording, config.min_sites, parents) for recording, _ in runs]
+        names = [
+            {recording.calls[carrier.call].name for carrier in carriers}
+            for (recording, _), (carriers, _) in zip(runs, chosen, strict=True)
+        ]
+        # What holds the adds in one mode is captured in the other too, or they could not be told to be the same.
+        outer = {a for a in set().union(*names) for b in set().union(*names) if a != b and _inside(b, a)} - parents
+        if outer:
+            parents |= outer
+            continue
         inlined: dict[str, set[str]] = {}
         for (recording, _), (carriers, _) in zip(runs, chosen, strict=True):
             for carrier in carriers:
@@ -184,15 +190,43 @@ def _capture_and_link(
             captures.collect(args, kwargs, training)
             calls = [recording.calls[carrier.call] for carrier in carriers]
             modes.append(_link(recording, calls, captures, rejected, config, training, result))
+        modes = _settle(modes, captures, config)
         further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
         if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):
             return captures, modes
         parents |= further
 
 
+def _settle(modes: list[Mode], captures: Captures, config: MHCConfig) -> list[Mode]:
+    """Decides what one forward alone does not show: the axis of a stream, and by which argument it comes in."""
+    settled: set[tuple[SiteRef, str]] = set()
+    while True:
+        decided: dict[str, dict[SiteKey, Known]] = defaultdict(dict)
+        now: set[tuple[SiteRef, str]] = set()
+        for mode in modes:
+            for ref, change in (*decided_sources(mode.streams), *decided_axes(mode.streams, config.min_sites)):
+                kind = "source" if "source" in change else "axis"
+                earlier = decided[ref.carrier].get(ref.key)
+                known = replace(earlier or captures.known_of(ref.carrier)[ref.key], **change)
+                if (ref, kind) in settled or ((ref, kind) in now and known != earlier):
+                    if kind == "source":
+                        continue
+                    known = replace(known, refused=("axis", "its streams do not agree on the axis of features"))
+                decided[ref.carrier][ref.key] = known
+                now.add((ref, kind))
+        if not any(decided.values()):
+            return modes
+        settled |= now
+        captures.settle(decided)
+        modes = [
+            _link(mode.recording, mode.chosen, captures, mode.rejected, config, mode.training, mode.result)
+            for mode in modes
+        ]
+
+
 def _can_capture(
     captures: Captures, args: tuple[Any, ...], kwargs: dict[str, Any], parents: frozenset[str],
-    inlined: dict[str, set[str]], modes: list[_Mode],
+    inlined: dict[str, set[str]], modes: list[Mode],
 ) -> bool:  # fmt: skip
     """Whether the parents' forwards can be captured with all carriers in them. If not, streams end there."""
     trial = Captures(captures.model, {
@@ -220,92 +254,25 @@ def _path(parent: str, name: str) -> list[str]:
 def _link(
     recording: Recording, chosen: list[ModuleCall], captures: Captures, rejections: list[Rejection], config: MHCConfig,
     training: bool, result: Any,
-) -> _Mode:  # fmt: skip
+) -> Mode:  # fmt: skip
     calls = []
+    rejected = list(rejections)
     for call in chosen:
-        captured = captures.by_kind[CallKind(call.name, training, flatten(call.bound)[0])]
+        captured = captures.by_kind[CallKind(call.name, training, call.key)]
         if isinstance(captured, CaptureError):
             if not _matches_module(call.name, config.exclude):
                 raise captured
-            rejections.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
+            rejected.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
             continue
         calls.append((call, captured[1]))
     found = {id(residuals): residuals for _, residuals in calls}  # layers that are alike share one
     streams, endings = link_streams(recording, calls)
-    rejected = [*rejections, *(r for residuals in found.values() for r in residuals.rejections)]
+    rejected += [r for residuals in found.values() for r in residuals.rejections]
     rejected += [ending.rejection for ending in endings]
-    return _Mode(training, recording, calls, streams, rejected, endings, result)
+    return Mode(training, recording, chosen, rejections, calls, streams, rejected, endings, result)
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------
-
-
-def _name_sites(model: nn.Module, modes: list[_Mode]) -> dict[SiteRef, ResidualSite]:
-    """All sites by reference, in execution order; `mhc_<k>` counts within the module that holds the add."""
-    sites: dict[SiteRef, ResidualSite] = {}
-    counts: dict[str, int] = defaultdict(int)
-    for mode in modes:
-        for call, residuals in mode.calls:
-            for site in sorted(
-                (site for trunk in residuals.trunks for site in trunk.sites), key=lambda site: site.place
-            ):
-                ref = site_ref(call, site)
-                if ref not in sites:
-                    name = ".".join(filter(None, (ref.holder, f"mhc_{counts[ref.holder]}")))
-                    counts[ref.holder] += 1
-                    sites[ref] = _describe(name, ref, site)
-    return sites
-
-
-def _describe(name: str, ref: SiteRef, site: FoundSite) -> ResidualSite:
-    mixing = [node for node in site.add.graph.nodes if node in site.region and mixes(node)]
-    shape = site.read.meta["shape"]
-    return ResidualSite(
-        name=name, holder=ref.holder, carrier=ref.carrier,
-        branch=str(mixing[0].target) if mixing[0].op == "call_module" else mixing[0].name,
-        width=shape[site.channel_dim], channel_dim=site.channel_dim, dtype=str(_trunk_dtype(site)),
-        source=site.add.meta.get("source") or SourceLine(ref.file, ref.line, ""),
-    )  # fmt: skip
-
-
-def _trunk_dtype(site: FoundSite) -> torch.dtype:
-    """The sum's dtype, which the streams have; what the branch reads where that can't be one."""
-    read: torch.dtype = site.read.meta["dtype"]
-    return site.add.meta["dtype"] if read in _DTYPES else read
-
-
-def _agreed_chains(modes: list[_Mode]) -> list[tuple[tuple[SiteRef, ...], LinkedStream]]:
-    """The streams of evaluation mode, cut wherever training mode shows another way.
-
-    A layer that ran in one mode only (LayerDrop) cuts nothing; one that ran in training only has its place too.
-    """
-    first, *others = modes
-    chains = []
-    for stream in first.streams:
-        refs = list(stream.refs)
-        for mode in others:
-            for other in mode.streams:
-                refs = _with_missing(refs, other.refs, known={ref for s in first.streams for ref in s.refs})
-        homes = [{ref: number for number, s in enumerate(mode.streams) for ref in s.refs} for mode in others]
-        part = refs[:1]
-        for before, ref in pairwise(refs):
-            if any(home.get(before, -1) != home.get(ref, -1) for home in homes if before in home and ref in home):
-                chains.append((tuple(part), stream))
-                part = []
-            part.append(ref)
-        chains.append((tuple(part), stream))
-    return chains
-
-
-def _with_missing(refs: list[SiteRef], other: tuple[SiteRef, ...], known: set[SiteRef]) -> list[SiteRef]:
-    """`refs` with the sites of the same stream that only the other mode ran, each behind the one before it there."""
-    if set(refs).isdisjoint(other):
-        return refs
-    merged = list(refs)
-    for before, ref in pairwise(other):
-        if ref not in known and ref not in merged and before in merged:
-            merged.insert(len(merged) - merged[::-1].index(before), ref)
-    return merged
 
 
 def _matches_module(name: str, patterns: tuple[str, ...]) -> bool:
@@ -321,7 +288,7 @@ def _wanted(site: ResidualSite, config: MHCConfig, filter_fn: Callable[[Residual
     return included and not _matches(site, config.exclude) and (filter_fn is None or bool(filter_fn(site)))
 
 
-def _check_patterns(config: MHCConfig, sites: Any, modes: list[_Mode]) -> None:
+def _check_patterns(config: MHCConfig, sites: Any, modes: list[Mode]) -> None:
     sites = list(sites)
     modules = {call.name for mode in modes for call in mode.recording.calls}
     for option in ("include", "exclude"):
@@ -354,7 +321,7 @@ def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualSt
 
 
 def _check_dtypes(plan: RewritePlan) -> None:
-    supported = {str(dtype) for dtype in _DTYPES}
+    supported = {str(dtype) for dtype in DTYPES}
     for site in plan.sites:
         if site.dtype not in supported:
             raise UnsupportedModelError(
@@ -377,46 +344,3 @@ def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:
     return f"{type(model).__name__} {what}." + (
         f" The nearest misses:{misses}" if misses else " It has no residual adds."
     )
-
-
-# -- wiring ----------------------------------------------------------------------------------------------------------
-
-
-def _wire(
-    modes: list[_Mode],
-    streams: list[ResidualStream],
-    kept: list[tuple[SiteRef, ...]],
-    repeated: list[set[str]],
-    inlined: dict[str, set[str]],
-) -> dict[str, CarrierWiring]:
-    carriers: dict[str, CarrierWiring] = {}
-    for number, (stream, refs) in enumerate(zip(streams, kept, strict=True)):
-        for site, ref in zip(stream.sites, refs, strict=True):
-            wiring = carriers.setdefault(ref.carrier, CarrierWiring(inlined[ref.carrier]))
-            path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
-            holder = ref.holder[len(ref.carrier) :].lstrip(".")
-            wiring.targets[holder, ref.file, ref.line, ref.occurrence] = SiteTarget(path, number)
-    # A carrier that only ever begins a stream never gets one: an axis more is a mistake there.
-    opening = {refs[0].carrier for refs in kept} - {
-        ref.carrier
-        for refs in kept
-        for before, ref in pairwise(refs)
-        if before.carrier != ref.carrier or ref == refs[0]
-    }
-    for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
-        for trunk in residuals.trunks:
-            carriers[call.name].known.update(site.key for site in trunk.sites)
-            target = carriers[call.name].targets.get(trunk.sites[0].key)
-            if target is not None and trunk.source is not None:
-                entry = (len(trunk.source.meta["shape"]), target.stream, call.name not in opening)
-                carriers[call.name].entries[trunk.source.meta["leaf"]] = entry
-    for number, (refs, again) in enumerate(zip(kept, repeated, strict=True)):
-        calls: list[tuple[str, int]] = []
-        for position, ref in enumerate(refs):
-            # A carrier that comes again is called again: its first site marks the new call.
-            new = not calls or calls[-1][0] != ref.carrier
-            if new or (ref.carrier in again and ref in refs[calls[-1][1] : position]):
-                calls.append((ref.carrier, position))
-        for index, (carrier, _) in enumerate(calls):
-            carriers[carrier].leaves.setdefault(number, []).append(index < len(calls) - 1)
-    return carriers

@@ -1,22 +1,30 @@
 """Collects the calls of chosen modules in one run of a model, and captures each kind of call once.
 
-Layers that are alike share a capture: the same class, attributes, structure and kind of call give the same graph.
+Layers that are alike share a capture: of the same class, structure and kind of call, and all that the captured Python
+read says the same in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.call import CallShape, as_now, flatten
+from mhc_rewrite.capture.call import CallShape, as_now, flatten, modules_in
+from mhc_rewrite.capture.graph import ModuleGraph
+from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.capture.trace import ModuleGraph, capture_error, trace
-from mhc_rewrite.errors import CaptureError
+from mhc_rewrite.capture.trace import trace
+from mhc_rewrite.capture.tracer import capture_error
+from mhc_rewrite.errors import CaptureError, MHCError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
+from mhc_rewrite.passes.same_site import Known, SiteKey, learned
 from mhc_rewrite.torch_private import without_hooks
 
 # Attributes that say how a module is run and not what it computes: the mode is part of every key, and checkpointing
@@ -43,12 +51,13 @@ class Captures:
         self.inlined = inlined
         self.by_kind: dict[CallKind, Captured | CaptureError] = {}
         self.leaves: dict[CallKind, dict[str, Any]] = {}
-        self._alike: dict[Any, Captured] = {}
+        self._alike: dict[Any, list[Captured]] = {}
+        self.known: dict[Any, dict[SiteKey, Known]] = {}  # by likeness of carriers
+        self._likenesses: dict[str, Any] = {}
 
     def collect(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
         """Runs the model and captures every kind of call of the carriers that it shows for the first time."""
         waiting: list[tuple[CallKind, Any, dict[str, Any]]] = []
-        seen: set[Any] = set()
 
         def before(name: str) -> Callable[..., None]:
             shape = CallShape.of(type(self.model.get_submodule(name)).forward)
@@ -59,10 +68,7 @@ class Captures:
                 kind = CallKind(name, training, key)
                 if kind in self.by_kind or any(kind == other for other, *_ in waiting):
                     return
-                like = (self.likeness(name), training, key)
-                # Only the first of its like is called again, so only it needs its arguments as they are now.
-                waiting.append((kind, like, bound if like in seen or like in self._alike else as_now(bound)))
-                seen.add(like)
+                waiting.append((kind, (self.likeness(name), training, key), as_now(bound)))
                 self.leaves[kind] = {path: _form(value) for path, value in leaves.items()}
 
             return hook
@@ -74,7 +80,8 @@ class Captures:
         try:
             with undisturbed(self.model):
                 self.model.train(training)
-                self.model(*as_now(args), **as_now(kwargs))
+                args, kwargs = as_now((args, kwargs))
+                self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -84,34 +91,62 @@ class Captures:
                 why = "something replaced the instance's forward; remove that wrapper first"
                 self.by_kind[kind] = capture_error(kind.module, carrier, None, why)
                 continue
-            captured = self._alike.get(like)
+            alike = self._alike.setdefault(like, [])
+            captured = next(
+                (made for made in alike if holds(carrier, made[0].reads) and _fits(made[0], self.leaves[kind])), None
+            )
             if captured is None:
                 try:
                     captured = capture_forward(
                         carrier, kind.module, bound,
                         {self.model.get_submodule(part) for part in self.inlined[kind.module]}, training,
+                        known=self.known.get(like[0]),
                     )  # fmt: skip
                 except CaptureError as error:
                     self.by_kind[kind] = error
                     continue
+                self.known[like[0]] = learned(self.known.get(like[0], {}), captured[1].sites(), captured[1].refused)
                 if not captured[0].constants:  # objects from elsewhere may belong to this very module
-                    self._alike[like] = captured
+                    alike.append(captured)
             self.by_kind[kind] = captured
 
+    def settle(self, decided: Mapping[str, Mapping[SiteKey, Known]]) -> None:
+        """Looks at captures anew after decisions about sites, by carrier."""
+        for name, sites in decided.items():
+            self.known_of(name).update(sites)
+        changed = {self.likeness(name) for name in decided}
+        anew: dict[int, Captured] = {}
+        for kind, captured in self.by_kind.items():
+            like = self.likeness(kind.module)
+            if like in changed and not isinstance(captured, CaptureError):
+                graph = captured[0]
+                if id(graph) not in anew:
+                    carrier = self.model.get_submodule(kind.module)
+                    anew[id(graph)] = graph, find_residuals(graph, carrier, self.known_of(kind.module))
+                self.by_kind[kind] = anew[id(graph)]
+        self._alike = {like: [anew.get(id(one[0]), one) for one in made] for like, made in self._alike.items()}
+
+    def known_of(self, name: str) -> dict[SiteKey, Known]:
+        """What is known about the sites of a carrier."""
+        return self.known.setdefault(self.likeness(name), {})
+
     def likeness(self, name: str) -> Any:
-        """What a module's graph can depend on. Equal for layers that differ in weights and in their number alone."""
-        carrier = self.model.get_submodule(name)
-        inlined = {self.model.get_submodule(part) for part in self.inlined[name]} | {carrier}
+        """What a module is made of. Layers that are alike share a capture where what it read is the same in both."""
+        if name not in self._likenesses:
+            self._likenesses[name] = self._likeness(name)
+        return self._likenesses[name]
+
+    def _likeness(self, name: str) -> Any:
         return tuple(
-            (path, type(module), _attributes(module, module in inlined),
+            (path, type(module), _flags(module),
              tuple((n, tuple(t.shape), t.dtype) for n, t in module.named_parameters(recurse=False)))
-            for path, module in carrier.named_modules()
+            for path, module in self.model.get_submodule(name).named_modules()
         )  # fmt: skip
 
 
 def capture_forward(
     module: nn.Module, name: str, bound: dict[str, Any], inlined: Iterable[nn.Module], training: bool,
-    forward: Callable[..., Any] | None = None,
+    forward: Callable[..., Any] | None = None, known: Mapping[SiteKey, Known] | None = None,
 ) -> Captured:  # fmt: skip
     """Captures a carrier's forward on bound arguments and finds its residual adds; leaves the module as it was.
 
@@ -121,15 +156,52 @@ def capture_forward(
         inlined: the modules captured with it.
         training: the mode of the carrier and all below it, if they are not in a mode of their own.
         forward: its original forward; by default its class's.
+        known: the sites that earlier captures of this forward showed.
 
     Raises:
         CaptureError: the forward can't be captured.
     """
-    with undisturbed(module), without_hooks(module):
+    gradients, inlined = torch.is_grad_enabled(), set(inlined)
+    called = modules_in(list(bound.values()))  # by way of a callable that the forward is given
+    with undisturbed(module, *called), without_hooks(module, *called):
         if module.training is not training:
             module.train(training)
-        graph = trace(module, name, forward or type(module).forward, bound, set(inlined))
-        return graph, find_residuals(graph, module)
+        graph = trace(module, name, forward or type(module).forward, bound, inlined)
+        if gradients and any(read.root is torch.is_grad_enabled for read in graph.reads):
+            with torch.enable_grad():  # it asks: as in the call that it is made for
+                graph = trace(module, name, forward or type(module).forward, bound, inlined)
+        if any(read.root is torch.compiler.is_compiling for read in graph.reads):
+            _check_compiled(graph, lambda: trace(module, name, forward or type(module).forward, bound, inlined))
+        with torch.no_grad():
+            return graph, find_residuals(graph, module, known)
+
+
+def _fits(captured: ModuleGraph, leaves: dict[str, Any]) -> bool:
+    """Whether leaves are of the ranks and dtypes that a capture was made with, and of its sizes if it is pinned."""
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if "leaf" in node.meta and "shape" in node.meta:
+            leaf, shape = leaves[node.meta["leaf"]], node.meta["shape"]
+            if (leaf.dim(), leaf.dtype) != (len(shape), node.meta["dtype"]) or (
+                captured.pinned and leaf.shape != shape
+            ):
+                return False
+    return True
+
+
+def _check_compiled(graph: ModuleGraph, again: Callable[[], ModuleGraph]) -> None:
+    """Drops the read of `torch.compiler.is_compiling` where the forward does the same under torch.compile.
+
+    Most ask to leave out a warning or a check. Where it does something else, no eager call can show what.
+    """
+    thread, life = threading.get_ident(), torch.compiler.is_compiling
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: threading.get_ident() == thread or life()):
+        try:
+            compiled = again()
+        except (MHCError, RuntimeError):
+            return
+    unasked = not any(read.root is life for read in compiled.reads)
+    if unasked and compiled.graph.python_code("self").src == graph.graph.python_code("self").src:
+        graph.reads = tuple(read for read in graph.reads if read.root is not life)
 
 
 def _form(value: Any) -> Any:
@@ -137,28 +209,15 @@ def _form(value: Any) -> Any:
     return value.new_empty(1).expand(value.shape) if isinstance(value, Tensor) else None
 
 
-def plain_attributes(carrier: nn.Module, inlined: Iterable[str]) -> tuple[tuple[str, str, Any], ...]:
-    """The plain attributes that captured code may have read: (path from the carrier, name, value)."""
-    return tuple(
-        (path, name, value)
-        for path in ("", *inlined)
-        for name, value in _attributes(carrier.get_submodule(path), traced=True)
-        if value is None or isinstance(value, (bool, int, float, str))
-    )
-
-
-def _attributes(module: nn.Module, traced: bool) -> Any:
-    """The attributes that a module's own code names: all of them where the code is captured, flags otherwise."""
+def _flags(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Attributes that a module's own code names and that may change what it does, and not only how much."""
     used = _names_used(type(module))
-    found: list[tuple[str, Any]] = []
-    for name, value in module.__dict__.items():
-        if name.startswith("_") or name not in used or name in _MODES:
-            continue
-        if isinstance(value, (bool, str)) or value is None:
-            found.append((name, value))
-        elif traced:
-            found.append((name, value if isinstance(value, (int, float)) else ("object", id(value))))
-    return tuple(found)
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name in used and not name.startswith("_") and name not in _MODES
+        and (value is None or isinstance(value, (bool, str)))
+    )  # fmt: skip
 
 
 def _names_used(kind: type) -> frozenset[str]:

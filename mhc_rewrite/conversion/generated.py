@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import linecache
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.capture.graph import ModuleGraph
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
@@ -33,13 +34,15 @@ class _ById:
         return isinstance(other, _ById) and other.value is self.value
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _compile(source: str, name: str, names: tuple[str, ...], values: tuple[_ById, ...]) -> Callable[..., Any]:
     file = f"<mhc_rewrite {name} {abs(hash(source)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {key: value.value for key, value in zip(names, values, strict=True)}
     exec(compile(source, file, "exec"), scope)
-    return scope["forward"]
+    forward = scope["forward"]
+    weakref.finalize(forward, linecache.cache.pop, file, None)
+    return forward
 
 
 def guard_graph(captured: ModuleGraph) -> fx.Graph:

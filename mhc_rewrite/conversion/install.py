@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from mhc_rewrite.capture.call import CallShape
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
-from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role, Scope
+from mhc_rewrite.conversion.hooks import OnTheTrunk, adapt, give_back
+from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
-from mhc_rewrite.plans import ResidualSite, ResidualStream
+from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 _ROLE = "_mhc_role"
@@ -34,9 +35,19 @@ _SETTINGS: dict[type, dict[str, Any]] = {nn.TransformerEncoder: {"use_nested_ten
 # -- classes ---------------------------------------------------------------------------------------------------------
 
 
+# Containers that hold an add in a forward of their own: their sites are children, and none of what they contain.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTENTS = ("__iter__", "__len__", "__getitem__", "__contains__", "__reversed__", "keys", "values", "items")
+
+
 @functools.cache
-def converted_class(base: Any) -> type[nn.Module]:
-    """A subclass of `base` with the same name, whose forward asks the module's role."""
+def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
+    """A subclass of `base` with the same name, whose forward asks the module's role.
+
+    Args:
+        base: the module's own class.
+        hides_sites: a container's: what iterates, counts or indexes it does not see the sites among its children.
+    """
     original = base.forward
 
     @functools.wraps(original)
@@ -46,18 +57,42 @@ def converted_class(base: Any) -> type[nn.Module]:
             return original(self, *args, **kwargs)
         return role.run(self, original, args, kwargs)
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (base,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    def full(self: Any, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return base.register_full_backward_hook(self, OnTheTrunk(hook), prepend)
 
+    def full_pre(self: Any, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return base.register_full_backward_pre_hook(self, OnTheTrunk(hook), prepend)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (base, hides_sites), state
+
+    contents = [name for name in _CONTENTS if hides_sites and hasattr(base, name)]
     namespace = {
+        **{name: _contents(base, name) for name in contents},
         "forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__, "_mhc_base": base,
+        "__doc__": base.__doc__, "_mhc_base": base, "register_full_backward_hook": full,
+        "register_full_backward_pre_hook": full_pre,
     }  # fmt: skip
     return type(base.__name__, (base,), namespace)
 
 
-def _rebuild(base: Any) -> nn.Module:
-    cls = converted_class(base)
+def _contents(base: Any, name: str) -> Any:
+    """A container's method, run on one like it without sites."""
+    original = getattr(base, name)
+
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any) -> Any:
+        like = base.__new__(base)
+        modules = {key: child for key, child in self._modules.items() if not isinstance(child, HyperConnection)}
+        like.__dict__.update(self.__dict__, _modules=modules)
+        return original(like, *args)
+
+    return method
+
+
+def _rebuild(base: Any, hides_sites: bool) -> nn.Module:
+    cls = converted_class(base, hides_sites)
     return cls.__new__(cls)
 
 
@@ -86,7 +121,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
             config = _of_stream(analysis.plan.config, stream)
             for index, site in enumerate(_each_site(stream)):
                 if not site.excluded:
-                    _add_site(model, site, index, config)
+                    _add_site(model, site, index, config, analysis.plan)
                     added.append((model.get_submodule(site.holder), site.name.rpartition(".")[2]))
         roles = _roles(model, analysis)
         for name, role in roles.items():
@@ -97,7 +132,8 @@ def install(model: nn.Module, analysis: Analysis) -> None:
                     setattr(module, attribute, value)
             module.__dict__[_ROLE] = role
             kind: Any = type(module)
-            module.__class__ = converted_class(kind)
+            module.__class__ = converted_class(kind, _contains_a_site(module))
+            adapt(module)
     except BaseException:
         _restore(model)
         for holder, name in added:
@@ -120,8 +156,14 @@ def _restore(model: nn.Module) -> None:
         if role is not None:
             for attribute, value in role.settings.items():
                 setattr(module, attribute, value)
+            give_back(module)
             del module.__dict__[_ROLE]
             module.__class__ = type(module)._mhc_base  # type: ignore[attr-defined]
+
+
+def _contains_a_site(module: nn.Module) -> bool:
+    children = module._modules.values()
+    return isinstance(module, _CONTAINERS) and any(isinstance(child, HyperConnection) for child in children)
 
 
 def _each_site(stream: ResidualStream) -> Iterable[ResidualSite]:
@@ -138,19 +180,15 @@ def _of_stream(config: MHCConfig, stream: ResidualStream) -> MHCConfig:
     return dataclasses.replace(config, recompute=best_segment(config.n_streams, max(1, calls)))
 
 
-def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig) -> None:
+def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig, plan: RewritePlan) -> None:
     holder = model.get_submodule(site.holder)
     name = site.name.rpartition(".")[2]
-    if isinstance(holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise UnsupportedModelError(
-            f"{site.holder or 'The model'!r} holds a residual add ({site.source}) and is a {type(holder).__name__}, "
-            "whose children are its forward: a site can't be one of them. Derive it from nn.Module."
-        )
+    out = site.holder or site.name
     if isinstance(getattr(holder, name, None), HyperConnection):  # of a stream before
         raise UnsupportedModelError(
             f"{site.holder or 'The model'!r} runs in two residual streams, since one ends between two of its calls. "
-            f"A site ({site.source}) belongs to one stream: give each stream a module of its own, or leave this one "
-            f"as it is, with exclude={(site.holder or site.name,)}."
+            f"A site ({site.source}) belongs to one stream: give each stream a module of its own"
+            + (f", or leave this one as it is, with exclude={(out,)}." if _has_sites_without(plan, out) else ".")
         )
     if hasattr(holder, name):
         raise UnsupportedModelError(f"{site.holder or 'The model'!r} has an attribute {name!r} of its own; rename it.")
@@ -164,66 +202,67 @@ def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfi
     holder.add_module(name, connection.train(holder.training))
 
 
-def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
-    config = analysis.plan.config
-    scopes = [
-        Scope(number, stream, config.collapse, may_end_early=number in analysis.may_end_early)
-        for number, stream in enumerate(analysis.plan.streams)
+def _has_sites_without(plan: RewritePlan, out: str) -> bool:
+    """Whether a stream keeps enough sites where a module or a site is excluded."""
+    left = [
+        {s.name for s in stream.sites if not s.excluded and out not in (s.name, s.holder, s.carrier)}
+        for stream in plan.streams
     ]
-    roles: dict[str, Role] = {}
+    return any(len(names) >= plan.config.min_sites for names in left)
 
-    def role(name: str) -> Role:
-        return roles.setdefault(name, Role(name))
 
+def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
+    config, streams = analysis.plan.config, analysis.plan.streams
+    roles = {name: Role(name, reads=True) for name in _readers(model, set(analysis.carriers))}
+    roles[""] = Role("", reads=True)
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(_SETTINGS)) and any(_inside(carrier, name) for carrier in analysis.carriers):
+            roles.setdefault(name, Role(name))
     for name, wiring in analysis.carriers.items():
         inlined = tuple(sorted(part[len(name) :].lstrip(".") for part in wiring.inlined))
-        mine = {number: scopes[number] for number in wiring.leaves}
+        channel_dims = {number: streams[number].sites[0].channel_dim for number in wiring.leaves}
         shape = CallShape.of(type(model.get_submodule(name)).forward)
-        role(name).carrier = CarrierRole(name, config, wiring, inlined, shape, mine)
-    for scope in scopes:
-        top = scope.stream.scope
-        if any(analysis.carriers[name].leaves[scope.number] != [False] for name in _carriers_of(scope.stream)):
-            role(top).begins.append(scope)
-            parts = top.split(".") if top else []
-            for length in range(len(parts), -1, -1):
-                role(".".join(parts[:length])).outer.append(scope)
-            for reader in analysis.readers[scope.number]:
-                role(reader).reads.append(scope)
+        roles.setdefault(name, Role(name)).carrier = CarrierRole(name, config, wiring, inlined, shape, channel_dims)
+    for holder in dict.fromkeys(site.holder for site in analysis.plan.sites):
+        if _contains_a_site(model.get_submodule(holder)):
+            roles.setdefault(holder, Role(holder))
     rewrites: Rewrites = {}
     for kind, captured in analysis.captures.by_kind.items():
         carrier = roles[kind.module].carrier if kind.module in roles else None
         if carrier is not None and not isinstance(captured, CaptureError):
             module = model.get_submodule(kind.module)
-            _first_variants(module, carrier, kind, analysis.captures.leaves[kind], captured, rewrites)
+            leaves, first = analysis.captures.leaves[kind], [stream.sites[0].carrier for stream in streams]
+            _first_variants(module, carrier, kind, leaves, captured, first, rewrites)
     return roles
 
 
-def _carriers_of(stream: ResidualStream) -> list[str]:
-    return list(dict.fromkeys(site.carrier for site in stream.sites))
+def _readers(model: nn.Module, carriers: set[str]) -> list[str]:
+    """The modules that run no part of a stream, and are called by modules that do: a state never gets into them."""
+    inside = {name for name, _ in model.named_modules() if any(_inside(carrier, name) for carrier in carriers)}
+    above = {name for name in inside if any(carrier != name and _inside(carrier, name) for carrier in carriers)}
+    return [
+        name for name, module in model.named_modules()
+        if name and name not in inside and name.rpartition(".")[0] in above and not isinstance(module, HyperConnection)
+    ]  # fmt: skip
+
+
+def _inside(name: str, parent: str) -> bool:
+    return parent in ("", name) or name.startswith(parent + ".")
 
 
 def _first_variants(
     module: nn.Module, carrier: CarrierRole, kind: CallKind, leaves: dict[str, Any], captured: Captured,
-    rewrites: Rewrites,
+    first: list[str], rewrites: Rewrites,
 ) -> None:  # fmt: skip
     """The variants that the example's calls need: streams arrive but at the first carrier, go on but at the last."""
-    numbers = list(carrier.wiring.leaves)
     ways = set()
-    for position in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
-        leaving = tuple(
-            n for n in numbers if carrier.wiring.leaves[n][min(position, len(carrier.wiring.leaves[n]) - 1)]
-        )
+    for turn in range(max(len(goes_on) for goes_on in carrier.wiring.leaves.values())):
         arriving = tuple(
-            number for _, number, may_arrive in carrier.wiring.entries.values()
-            if may_arrive and not (position == 0 and _first_carrier(carrier.scopes[number].stream) == carrier.name)
+            number for _, number in carrier.wiring.entries.values() if turn or first[number] != carrier.name
         )  # fmt: skip
-        ways.add((arriving, leaving))
+        ways.add((arriving, carrier.leaving(dict.fromkeys(carrier.wiring.leaves, turn))))
     for arriving, leaving in ways:
         with contextlib.suppress(
             StreamError
         ):  # a further call of ours may show other adds; a user's such call will say so
             carrier.add(module, kind.training, kind.key, leaves, *captured, arriving, leaving, rewrites)
-
-
-def _first_carrier(stream: ResidualStream) -> str:
-    return stream.sites[0].carrier

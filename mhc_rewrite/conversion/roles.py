@@ -1,87 +1,41 @@
-"""What converted modules do when they are called: choose a rewritten forward, and keep account of the streams."""
+"""What converted modules do when they are called: choose a rewritten forward, and hand streams on as states.
+
+Nothing here remembers a call: what one call knows of a stream travels with the state. So threads, recursion and copies
+of a model that share roles don't meet.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mhc_rewrite.capture.call import CallShape, describe, flatten
-from mhc_rewrite.capture.trace import ModuleGraph
+from mhc_rewrite.capture.call import CallShape, describe, flatten, replace_leaves
+from mhc_rewrite.capture.graph import ModuleGraph
+from mhc_rewrite.capture.reads import holds
+from mhc_rewrite.capture.state import alone, under_way
+from mhc_rewrite.capture.values import TracedValue
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.conversion.analysis import CarrierWiring
-from mhc_rewrite.conversion.captures import capture_forward, plain_attributes
+from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
-from mhc_rewrite.errors import StreamError, UnseenCallError
+from mhc_rewrite.conversion.hooks import Places
+from mhc_rewrite.conversion.naming import CarrierWiring
+from mhc_rewrite.errors import StreamError, UnseenCallError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
-from mhc_rewrite.plans import ResidualStream
 from mhc_rewrite.sites import recompute, streams
+from mhc_rewrite.sites.state import StreamState, is_state, plain, state, streams_of
+
+# Variants that differ in nothing but what their Python read: so many are kept.
+_KEPT = 8
 
 # Rewrites made so far, by captured graph and the streams that come in and go out: layers that are alike share them.
 Rewrites = dict[Any, tuple[Rewrite, Callable[..., Any], Callable[..., Any] | None]]
-
-
-@dataclass(eq=False)
-class Scope:
-    """One stream while the module that runs it is being called.
-
-    Attributes:
-        number: of the stream in the plan.
-        stream: its sites and names.
-        collapse: "mean" or "sum".
-        depth: calls of enclosing modules that are under way.
-        emitted: trunk tensors that carriers returned as streams.
-        calls: how often each carrier was called, for those that the stream passes more than once.
-        open: whether streams have come out that no carrier has collapsed yet.
-        may_end_early: whether that is no harm at the end: all who read it take the mean.
-    """
-
-    number: int
-    stream: ResidualStream
-    collapse: str
-    depth: int = 0
-    emitted: list[Tensor] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
-    open: bool = False
-    may_end_early: bool = False
-
-    @property
-    def channel_dim(self) -> int:
-        return self.stream.sites[0].channel_dim
-
-    def begin(self) -> None:
-        self.emitted = []
-        self.calls = {}
-        self.open = False
-
-    def emit(self, tensor: Tensor) -> None:
-        if self.depth:  # a carrier may be called by itself, or once more in backward
-            self.emitted.append(tensor)
-
-    def collapsed(self, value: Any) -> Any:
-        """`value` with the mean in place of this stream's trunk tensors."""
-        if not self.emitted or not any(self.is_mine(leaf) for leaf in tree_leaves(value)):
-            return value
-        return tree_map(lambda x: streams.read_mean(x, self.channel_dim) if self.is_mine(x) else x, value)
-
-    def is_mine(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and any(value is tensor for tensor in self.emitted)
-
-    def check_closed(self, where: str) -> None:
-        if self.open and not self.may_end_early:
-            self.begin()
-            raise StreamError(
-                f"In {where or 'the model'!r} a residual stream was not collapsed: {self.stream.exit!r}, which ends "
-                "it, did not run. Layers that are skipped at the end (LayerDrop, another num_hidden_layers) need "
-                "another conversion: unmhcify(model), then mhcify it as it runs now."
-            )
 
 
 @dataclass
@@ -89,37 +43,51 @@ class Variant:
     """One rewritten forward: for one kind of call, with the streams coming in and going out in one way.
 
     It holds where `guards` give what is `expected`, the leaves have these `dtypes` and `sizes`, if any are named, and
-    the module has these plain `attributes`, which the captured code may have read.
+    what the captured code read (`captured.reads`) is what it was.
     """
 
     function: Callable[..., Any]
     guards: Callable[..., Any] | None
     expected: tuple[Any, ...]
     constants: tuple[Any, ...]
-    outgoing: tuple[int, ...]
     dtypes: tuple[Any, ...] | None
     sizes: tuple[Any, ...] | None
-    attributes: tuple[tuple[str, str, Any], ...]
     captured: ModuleGraph
     rewrite: Rewrite
     sites: tuple[FoundSite, ...]
 
+    def differs_in_reads(self, other: Variant) -> bool:
+        """Whether both hold for the same calls, and what their Python read tells them apart."""
+        return (self.sizes, self.dtypes, self.expected) == (other.sizes, other.dtypes, other.expected)
+
 
 @dataclass
 class CarrierRole:
-    """The rewritten forwards of one carrier."""
+    """The rewritten forwards of one carrier.
+
+    Attributes:
+        channel_dims: of the streams that it holds sites of, by their numbers.
+        places_in, places_out: where a trunk comes in and goes out.
+    """
 
     name: str
     config: MHCConfig
     wiring: CarrierWiring
     inlined: tuple[str, ...]  # relative to the carrier
     shape: CallShape
-    scopes: dict[int, Scope]
+    channel_dims: dict[int, int]
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    places_in: Places = field(default_factory=dict)
+    places_out: Places = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path, (rank, number) in self.wiring.entries.items():
+            if path in self.shape.names:
+                self.places_in[self.shape.names.index(path)] = rank, self.channel_dims[number]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CarrierRole:
         # Functions take the module as an argument, so copies of a model share them.
-        return replace(self, scopes=copy.deepcopy(self.scopes, memo), variants=dict(self.variants))
+        return replace(self, variants={key: list(variants) for key, variants in self.variants.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "variants": {}}  # generated code is captured again at the first call
@@ -128,56 +96,94 @@ class CarrierRole:
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         bound = self.shape.bind(args, kwargs)
-        key, leaves = flatten(bound)
-        arriving = self.arriving(leaves)
-        leaving = self.leaving()
+        key, given = flatten(bound)
+        for value in given.values():
+            if isinstance(value, fx.Proxy) and not isinstance(value, TracedValue):
+                return self.as_leaf(module, value.tracer, args, kwargs)
+        turns = self.turns(given)
+        arriving, leaving = tuple(turns), self.leaving(turns)
+        leaves = self.as_plain(given, turns)
         variant = self.find(module, key, leaves, arriving, leaving)
         if variant is None:
             variant = self.learn(module, original, bound, key, leaves, arriving, leaving)
         result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
-        for number, tensor in zip(variant.outgoing, outgoing, strict=True):
-            self.scopes[number].emit(tensor)
-        for number in self.wiring.leaves:
-            self.scopes[number].open = number in variant.outgoing
-        return result
+        if not outgoing or not self.name:  # nobody takes up the streams of a whole model
+            return result
+        # A reentrant checkpoint runs without gradients, and its result gets them later.
+        in_graph = torch.is_grad_enabled() or not any(
+            isinstance(x, Tensor) and x.requires_grad for x in leaves.values()
+        )
+        return self.as_states(variant.rewrite, result, outgoing, turns, in_graph)
 
     def run(self, variant: Variant, *arguments: Any) -> Any:
         """The rewritten forward; under torch.compile the backend decides what is recomputed."""
         if self.config.recompute is None or torch.compiler.is_compiling():
             return variant.function(*arguments)
-        try:
-            with recompute.recomputation():
-                return variant.function(*arguments)
-        finally:
-            if not any(scope.depth for scope in self.scopes.values()):
-                recompute.forget()
+        with recompute.recomputation():
+            return variant.function(*arguments)
 
-    def arriving(self, leaves: dict[str, Any]) -> tuple[int, ...]:
-        """The streams that come in as streams: their tensor has one axis more than the trunk."""
-        found = []
-        for path, (rank, number, may_arrive) in self.wiring.entries.items():
+    def as_leaf(self, module: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        """This call in a graph that somebody traces, a feature extractor say: what it does depends on its arguments."""
+        if module is tracer.root:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}, a converted model, can't be traced as one graph: its forward holds residual "
+                "adds itself, and does what its arguments ask for. Trace the model first and convert what comes out."
+            )
+        proxy: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+        return proxy
+
+    def turns(self, leaves: dict[str, Any]) -> dict[int, int]:
+        """The streams that come in as streams, and how often each has passed the carrier that ends it."""
+        found = {}
+        for path, (rank, number) in self.wiring.entries.items():
             value = leaves.get(path)
-            if isinstance(value, Tensor) and may_arrive and value.dim() == rank + 1:
-                found.append(number)
+            if isinstance(value, StreamState):
+                if value.number != number or value.written is not None:
+                    continue  # another stream, whose mean this one begins with
+                if not is_state(value):
+                    raise StreamError(
+                        f"{self.name!r} gets in {path!r} what came out at the end of its own residual stream, which "
+                        "went through its layers more often than in the example. Convert the model with an example "
+                        "for which it does so as often."
+                    )
+                found[number] = value.turns
             elif isinstance(value, Tensor) and value.dim() != rank:
                 raise StreamError(
                     f"{self.name or 'the model'!r} was converted for {rank} axes in {path!r} and got {value.dim()}. "
                     "Call it as the example inputs did, or convert again with others."
                 )
-        return tuple(found)
+        return found
 
-    def leaving(self) -> tuple[int, ...]:
-        """The streams that go on behind this call."""
-        numbers = []
-        for number, goes_on in self.wiring.leaves.items():
-            position = 0
-            if len(goes_on) > 1:
-                calls = self.scopes[number].calls
-                position = calls.get(self.name, 0) % len(goes_on)
-                calls[self.name] = position + 1
-            if goes_on[position]:
-                numbers.append(number)
-        return tuple(numbers)
+    def leaving(self, turns: dict[int, int]) -> tuple[int, ...]:
+        """The streams that go on behind this call, by the example."""
+        return tuple(n for n, goes_on in self.wiring.leaves.items() if goes_on[min(turns.get(n, 0), len(goes_on) - 1)])
+
+    def as_plain(self, leaves: dict[str, Any], arriving: Iterable[int]) -> dict[str, Any]:
+        """The leaves as tensors: streams where streams come in, and what a state reads as elsewhere."""
+        found = dict(leaves)
+        for path, value in leaves.items():
+            if isinstance(value, StreamState):
+                _, number = self.wiring.entries.get(path, (0, -1))
+                found[path] = streams_of(value) if number in arriving else plain(value)
+        return found
+
+    def as_states(
+        self, rewrite: Rewrite, result: Any, outgoing: tuple[Tensor, ...], turns: dict[int, int], in_graph: bool
+    ) -> Any:
+        """The result with states in place of the tensors that go out."""
+        states = []
+        for number, tensor in zip(rewrite.outgoing, outgoing, strict=True):
+            passed = turns.get(number, 0) + (not self.wiring.leaves[number][-1])
+            reads_as = "itself" if number in rewrite.ended else "mean"
+            states.append(state(tensor, self.channel_dims[number], reads_as, number, passed, in_graph))
+
+        def typed(value: Any) -> Any:
+            for tensor, made in zip(outgoing, states, strict=True):
+                if value is tensor:
+                    return made
+            return value
+
+        return typed(result) if isinstance(result, Tensor) else tree_map(typed, result)
 
     def find(
         self, module: nn.Module, key: Any, leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...]
@@ -185,10 +191,10 @@ class CarrierRole:
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
             if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
                 continue
-            if not _holds(module, variant.attributes) or not _has_dtypes(module, variant.captured.parameter_dtypes):
+            if not holds(module, variant.captured.reads) or not _has_dtypes(module, variant.captured.parameter_dtypes):
                 continue
             if variant.guards is not None or variant.sizes is not None:
-                trunk = self.as_trunk(leaves, arriving, form_only=True)
+                trunk = self.as_trunk(leaves, arriving, streams.one_stream)
                 if variant.sizes is not None and variant.sizes != _sizes(trunk):
                     continue
                 if variant.guards is not None:
@@ -208,23 +214,36 @@ class CarrierRole:
                 f"{self.name or 'the model'!r} is called under torch.compile as {describe(key, module.training)}, "
                 "which no eager call has shown. Call the model once in this way without torch.compile first."
             )
-        bound = dict(bound)
-        for path, value in self.as_trunk(leaves, arriving, form_only=False).items():
-            if value is not leaves[path]:
-                bound[path] = value  # a trunk is an argument of its own
-        inlined = [module.get_submodule(path) for path in self.inlined]
-        captured, residuals = capture_forward(module, self.name, bound, inlined, module.training, original)
-        trunk = self.as_trunk(leaves, arriving, form_only=True)
-        return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
+        with alone():
+            known = self.find(module, key, leaves, arriving, leaving)
+            if known is not None:  # another thread was faster
+                return known
+            read = self.as_trunk(leaves, arriving, streams.read_mean)
+            bound = {name: replace_leaves(value, name, read) for name, value in bound.items()}
+            inlined = [module.get_submodule(path) for path in self.inlined]
+            captured, residuals = capture_forward(
+                module, self.name, bound, inlined, module.training, original, self.wiring.known
+            )
+            trunk = self.as_trunk(leaves, arriving, streams.one_stream)
+            return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
 
-    def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
+    def unknown(self, residuals: Residuals) -> list[FoundSite]:
+        """The adds that the example did not show, but for further ones on a trunk that was left alone."""
+        found = []
+        for trunk in residuals.trunks:
+            keys = {site.key for site in trunk.sites}
+            if keys.isdisjoint(self.wiring.known) or not keys.isdisjoint(self.wiring.targets):
+                found += [site for site in trunk.sites if site.key not in self.wiring.known]
+        return found
+
+    def as_trunk(
+        self, leaves: dict[str, Any], arriving: tuple[int, ...], read: Callable[[Tensor, int], Tensor]
+    ) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
         found = dict(leaves)
-        for path, (_, number, _) in self.wiring.entries.items():
+        for path, (_, number) in self.wiring.entries.items():
             if number in arriving and path in found:
-                channel_dim = self.scopes[number].channel_dim
-                read = streams.one_stream if form_only else streams.read_mean
-                found[path] = read(found[path], channel_dim)
+                found[path] = read(found[path], self.channel_dims[number])
         return found
 
     def add(
@@ -232,9 +251,10 @@ class CarrierRole:
         residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
     ) -> Variant:  # fmt: skip
         """Rewrites a captured forward for one way of coming in and going out; `rewrites` are those made before."""
-        found = {site.key for trunk in residuals.trunks for site in trunk.sites}
-        if found.isdisjoint(self.wiring.targets) or not found <= self.wiring.known:
-            new = sorted(f"{key[1]}:{key[2]}" for key in found - self.wiring.known)
+        found = {site.key for site in residuals.sites()}
+        unknown = self.unknown(residuals)
+        if found.isdisjoint(self.wiring.targets) or unknown:
+            new = sorted({str(site.add.meta.get("source")) for site in unknown})
             raise StreamError(
                 f"{self.name or 'the model'!r}, called as {describe(key, training)}, "
                 + (f"runs residual adds that the example inputs did not ({', '.join(new)})" if new else
@@ -243,29 +263,50 @@ class CarrierRole:
             )  # fmt: skip
         like = (id(captured), tuple(self.wiring.targets.items()), arriving, leaving)
         if like not in rewrites:
+            on, ending = self.outgoing(residuals, leaving)
             rewrite = expand_streams(
                 captured, residuals, self.wiring.targets, n=self.config.n_streams, collapse=self.config.collapse,
-                arriving=frozenset(arriving), leaving=frozenset(leaving),
+                arriving=frozenset(arriving), leaving=on, ending=ending,
             )  # fmt: skip
             fuse_site_calls(rewrite.graph)
             guards = compile_graph(guard_graph(captured), "guards") if captured.guards else None
             rewrites[like] = rewrite, compile_graph(rewrite.graph, type(module).__name__), guards
+        for trunk in residuals.trunks:
+            end = trunk.after[-1].node if trunk.after else trunk.sites[-1].add
+            place = len(end.meta["shape"]), trunk.sites[-1].channel_dim
+            self.places_out.update(dict.fromkeys(trunk.sinks, place))
         rewrite, function, guards = rewrites[like]
         variant = Variant(
             function=function,
             guards=guards,
             expected=tuple(guard.expected for guard in captured.guards),
             constants=captured.constants,
-            outgoing=rewrite.outgoing,
             dtypes=_dtypes(leaves) if captured.asks_dtype else None,
             sizes=_sizes(leaves) if captured.pinned else None,
-            attributes=plain_attributes(module, self.inlined),
             captured=captured,
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
         )
-        self.variants.setdefault((training, key, arriving, leaving), []).append(variant)
+        known = self.variants.setdefault((training, key, arriving, leaving), [])
+        known.append(variant)
+        alike = [other for other in known if other.differs_in_reads(variant)]
+        if len(alike) > _KEPT:  # a number that changes at every call, a schedule's say, may not fill the memory
+            known.remove(alike[0])
         return variant
+
+    def outgoing(self, residuals: Residuals, leaving: tuple[int, ...]) -> tuple[frozenset[int], frozenset[int]]:
+        """The streams that go out as streams, and those of which only the end goes out.
+
+        A stream that ends by the example goes on all the same, where nothing but its mean is read at the end: another
+        call may take it up. It can't where something lies behind its last site, a norm say, which acts on the mean
+        there and on every stream elsewhere.
+        """
+        if not self.name:
+            return frozenset(leaving), frozenset()
+        lasts = {t.stream for trunk in residuals.trunks for s in trunk.sites if trunk.after and
+                 (t := self.wiring.targets.get(s.key)) is not None}  # fmt: skip
+        ending = {n for n in self.wiring.leaves if n not in leaving and (n in lasts or self.config.collapse == "sum")}
+        return frozenset(self.wiring.leaves) - ending, frozenset(ending)
 
 
 @dataclass
@@ -274,44 +315,38 @@ class Role:
 
     Attributes:
         carrier: rewritten forwards, if its forward holds residual adds.
-        begins: streams that run inside its call.
-        outer: streams whose trunk its result may hold: those of `begins` and of the modules inside it.
-        reads: streams whose trunk it reads: it gets the mean.
+        reads: whether it gets and gives plain tensors alone: it runs no part of a stream, or it is the whole model.
         settings: attributes of the module before the conversion, where it needs others.
     """
 
     name: str
     carrier: CarrierRole | None = None
-    begins: list[Scope] = field(default_factory=list)
-    outer: list[Scope] = field(default_factory=list)
-    reads: list[Scope] = field(default_factory=list)
+    reads: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        for scope in self.outer:
-            scope.depth += 1
-        try:
-            for scope in self.begins:
-                scope.begin()
-            for scope in self.reads:
-                args, kwargs = scope.collapsed(args), scope.collapsed(kwargs)
-            if self.carrier is not None:
-                result = self.carrier.call(module, original, args, kwargs)
-            else:
-                result = original(module, *args, **kwargs)
-            for scope in self.begins:
-                scope.check_closed(self.name)
-            for scope in self.outer:
-                result = scope.collapsed(result)
-        finally:
-            for scope in self.outer:
-                scope.depth -= 1
-                if scope.depth == 0:
-                    scope.begin()  # keeps no tensor alive
-                    if not torch.compiler.is_compiling():
-                        recompute.forget()
+        if torch.compiler.is_compiling():
+            return self._run(module, original, args, kwargs)
+        with under_way() as outermost:
+            try:
+                return self._run(module, original, args, kwargs)
+            finally:
+                if outermost:
+                    recompute.forget()  # keeps no tensor alive
+
+    def _run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.reads:
+            args, kwargs = plain(args), plain(kwargs)
+        if self.carrier is not None:
+            result = self.carrier.call(module, original, args, kwargs)
+        else:
+            result = original(module, *args, **kwargs)
+        if not self.name and any(isinstance(leaf, StreamState) for leaf in tree_leaves(result)):
+            return tree_map(plain, result)
         return result
 
 
@@ -322,14 +357,6 @@ def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:
         *(t.dtype for t in tensors),
         *(torch.get_autocast_dtype(d) for d in sorted(autocast) if torch.is_autocast_enabled(d)),
     )
-
-
-def _holds(module: nn.Module, attributes: tuple[tuple[str, str, Any], ...]) -> bool:
-    for path, name, value in attributes:
-        owner = module.get_submodule(path) if path else module
-        if getattr(owner, name) != value:
-            return False
-    return True
 
 
 def _has_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:

@@ -118,7 +118,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traini
         model.train(training)
         state = _random_state()
         try:
-            result = model(*as_now(args), **as_now(kwargs))
+            args, kwargs = as_now((args, kwargs))
+            result = model(*args, **kwargs)
         except Exception as error:
             run.failed = _said(error)
             return run

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.api import mhcify
-from mhc_rewrite.capture.example import example_call
+from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.errors import ExampleInputsError, MHCError
 from mhc_rewrite.insight.peers import convert_sites

@@ -19,10 +19,12 @@ from typing import Any
 
 from torch import fx
 
-from mhc_rewrite.capture.trace import ModuleGraph, has_effects, is_structure
+from mhc_rewrite.capture.graph import ModuleGraph, has_effects, is_structure
 from mhc_rewrite.passes import lifting
-from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, SiteKey, Trunk, reads_form
+from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
 from mhc_rewrite.passes.lifting import Lift
+from mhc_rewrite.passes.lineage import reads_form
+from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.sites import streams
 
 log = logging.getLogger(__name__)
@@ -41,12 +43,14 @@ class Rewrite:
     """A rewritten forward.
 
     Attributes:
-        graph: returns (what the original returns, the streams that go out).
+        graph: returns (what the original returns, the streams that go out and what comes out where one ends).
         outgoing: the stream numbers of the second result, in order.
+        ended: those of them that end here.
     """
 
     graph: fx.Graph
     outgoing: tuple[int, ...]
+    ended: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)
@@ -58,6 +62,7 @@ class _Run:
     stream: int
     arrives: bool
     leaves: bool
+    ends: bool = False
 
     @property
     def channel_dim(self) -> int:
@@ -83,6 +88,7 @@ def expand_streams(
     collapse: str,
     arriving: frozenset[int],
     leaving: frozenset[int],
+    ending: frozenset[int] = frozenset(),
 ) -> Rewrite:
     """The forward on n streams.
 
@@ -93,14 +99,16 @@ def expand_streams(
         collapse: "mean" or "sum".
         arriving: streams that come in as streams; others are expanded before their first site here.
         leaving: streams that go out as streams; others are collapsed after their last site here.
+        ending: of the others, those whose collapsed trunk is part of the second result.
     """
-    runs = _runs(residuals, targets, arriving, leaving)
+    runs = _runs(residuals, targets, arriving, leaving, ending)
     return _Writer(captured, runs, targets, n, collapse).write()
 
 
 def _runs(
-    residuals: Residuals, targets: Mapping[SiteKey, SiteTarget], arriving: frozenset[int], leaving: frozenset[int]
-) -> list[_Run]:
+    residuals: Residuals, targets: Mapping[SiteKey, SiteTarget], arriving: frozenset[int], leaving: frozenset[int],
+    ending: frozenset[int],
+) -> list[_Run]:  # fmt: skip
     runs: list[_Run] = []
     for trunk in residuals.trunks:
         current: _Run | None = None
@@ -116,6 +124,8 @@ def _runs(
                 runs.append(current)
         if current is not None and trunk.sinks and current.stream in leaving:
             current.leaves = True
+        elif current is not None and trunk.sinks and current.stream in ending:
+            current.ends = True
     return runs
 
 
@@ -168,7 +178,8 @@ class _Writer:
             self.captured.module or "model", len(self.site_at), len(self.lift_at),
             len(self.captured.graph.nodes), len(self.graph.nodes),
         )  # fmt: skip
-        return Rewrite(self.graph, tuple(run.stream for run in self.runs if run.leaves))
+        outgoing = tuple(run.stream for run in self.runs if run.leaves or run.ends)
+        return Rewrite(self.graph, outgoing, frozenset(run.stream for run in self.runs if run.ends))
 
     def _widen(self, node: fx.Node, run: _Run, wide: fx.Node) -> None:
         """Notes the streams of a trunk node and makes what the sites that read it need."""
@@ -198,7 +209,10 @@ class _Writer:
         if path is None:
             wide = self.graph.call_function(streams.plain_add, (state, branch, run.channel_dim))
         else:
-            wide = self.graph.call_method("post", (self.graph.get_attr(path), state, branch, self.mixes[site.add]))
+            mix = self.mixes[site.add]
+            if site.chain[0].meta["shape"] != site.read.meta["shape"]:
+                mix = self.graph.call_function(streams.in_layout_of, (mix, state, run.channel_dim))
+            wide = self.graph.call_method("post", (self.graph.get_attr(path), state, branch, mix))
         self._mark(wide, "post", run, site.add)
         if site is run.sites[-1] and not run.leaves:
             self.wide[site.add] = wide
@@ -230,12 +244,13 @@ class _Writer:
         return self.means[node]
 
     def _output(self, node: fx.Node) -> None:
-        leaving = [run for run in self.runs if run.leaves]
-        sinks = {run: run.trunk.after[-1].node if run.trunk.after else run.sites[-1].add for run in leaving}
+        outgoing = [run for run in self.runs if run.leaves or run.ends]
+        sinks = {run: run.trunk.after[-1].node if run.trunk.after else run.sites[-1].add for run in outgoing}
         reader = self._reader(node)
 
         def read(source: fx.Node) -> fx.Node:
-            return self.wide[source] if source in sinks.values() else reader(source)
+            wide = any(run.leaves and source is sink for run, sink in sinks.items())
+            return self.wide[source] if wide else reader(source)
 
         def rebuild(source: fx.Node) -> fx.Node:
             if not _is_result(source):
@@ -245,7 +260,7 @@ class _Writer:
             return self.graph.call_function(kind, args, kwargs)
 
         result = fx.node.map_arg(node.args[0], rebuild)
-        self.graph.output((result, tuple(self.wide[sinks[run]] for run in leaving)))
+        self.graph.output((result, tuple(read(sinks[run]) for run in outgoing)))
 
     def _mark(self, new: fx.Node, role: str, run: _Run | None, old: fx.Node) -> fx.Node:
         new.meta.update(role=role, source=old.meta.get("source"), dtype=old.meta.get("dtype"))

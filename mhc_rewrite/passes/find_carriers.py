@@ -6,12 +6,16 @@ of find_residuals, on the graphs of the modules that this pass names.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording, innermost_common
+from mhc_rewrite.passes import recurrence
 from mhc_rewrite.plans import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
@@ -49,6 +53,8 @@ def find_carriers(
     Modules named in `parents` are captured with all carriers inside them.
     """
     candidates, rejections = _find_candidates(recording)
+    for number in _recurrences(recording, candidates):
+        rejections.append(_reject(recording, candidates.pop(number).operation, recurrence.RULE, recurrence.REASON))
     chains = _chains(candidates)
     carriers: dict[int, Carrier] = {}
     homes: list[tuple[int, int]] = []
@@ -99,12 +105,17 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             if _adds_between(recording, candidates, branch, fork) >= STAGE:
                 near = ("long-skip", "the skip closes over a whole stage of residual adds")
                 continue
+            if _adds_between(recording, candidates, branch, fork, linear=True) > 0:
+                near = ("long-skip", "two states of one trunk are added, without a block between")
+                continue
             if not mixes:
                 near = ("no-mixing", "no operation between trunk and add mixes features: an activation or a rotation")
                 continue
             candidates[operation.outputs[0]] = _Candidate(operation, trunk, reach, fork, branch, before)
             break
         else:
+            if near[0] == "no-ancestor" and _on_a_part(recording, candidates, operation):
+                near = ("part-of-trunk", "the add is on a part of the trunk's tokens; a site writes to all of them")
             rejections.append(_reject(recording, operation, *near))
     return candidates, rejections
 
@@ -113,22 +124,44 @@ def _is_feature(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _reach(recording: Recording, candidates: dict[int, _Candidate], start: int) -> tuple[set[int], set[int]]:
-    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates."""
-    seen, todo, before = {start}, [start], set()
+def _reach(
+    recording: Recording, candidates: dict[int, _Candidate], start: int, linear: bool = False
+) -> tuple[set[int], set[int]]:
+    """Values that `start` comes from without mixing and in the same size, up to and with earlier candidates.
+
+    The candidates may have been of another size: a stream goes on behind `x[:, :k]`. With `linear` by operations alone
+    that scale, add or reshape.
+    """
+    seen, todo, before = {start}, [(start, True)], set()
+    same_size = {start}
     while todo:
-        value = todo.pop()
+        value, same = todo.pop()
         if value in candidates:
             before.add(value)
             continue
         operation = recording.producer.get(value)
-        if operation is None or operation.mixing:
+        if operation is None or operation.mixing or (linear and operation.name not in vocabulary.LINEAR):
             continue
-        for source in operation.inputs:
-            if source not in seen and recording.shapes[source].numel() == recording.shapes[start].numel():
+        resizes = operation.name in vocabulary.RESIZING
+        for source in operation.inputs[:1] if resizes else operation.inputs:
+            kept = same and recording.shapes[source].numel() == recording.shapes[start].numel()
+            if source not in seen and (kept or resizes or recording.shapes[source] == recording.shapes[value]):
                 seen.add(source)
-                todo.append(source)
-    return seen, before
+                todo.append((source, kept))
+                same_size.update({source} if kept else ())
+    return same_size, before
+
+
+def _on_a_part(recording: Recording, candidates: dict[int, _Candidate], add: Operation) -> bool:
+    """Whether the sum is written back into what one operand was taken from, as in `x[rows] += f(x[rows])`."""
+    following = recording.operations[add.index + 1 : add.index + 2]
+    if not following or following[0].name != "setitem" or add.outputs[0] not in following[0].inputs:
+        return False
+    whole = following[0].inputs[0]
+    taken = [recording.producer.get(value) for value in add.inputs]
+    parts = [value for value, source in zip(add.inputs, taken, strict=True) if source and whole in source.inputs]
+    reach, _ = _reach(recording, candidates, whole)
+    return any(_fork(recording, candidates, reach, value)[1] for value in add.inputs if parts and value != parts[0])
 
 
 def _fork(
@@ -160,9 +193,14 @@ def _fork(
     return found.get(False), False
 
 
-def _adds_between(recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int) -> int:
-    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage."""
-    reach, before = _reach(recording, candidates, branch)
+def _adds_between(
+    recording: Recording, candidates: dict[int, _Candidate], branch: int, fork: int, linear: bool = False
+) -> int:
+    """How many candidates lie on the lineage from `fork` to `branch`, 0 if it is no lineage.
+
+    With `linear` 0 as well where something else than scaling follows the last of them.
+    """
+    reach, before = _reach(recording, candidates, branch, linear)
     count = 0
     while fork not in reach and before:
         last = max(before)
@@ -183,8 +221,41 @@ def _chains(candidates: dict[int, _Candidate]) -> dict[int, set[int]]:
     return chain_of
 
 
+def _recurrences(recording: Recording, candidates: dict[int, _Candidate]) -> list[int]:
+    """The candidates that are steps of a recurrence over time."""
+
+    def sources(value: int) -> tuple[int, ...]:
+        operation = recording.producer.get(value)
+        return operation.inputs if operation is not None else ()
+
+    def slice_of(value: int) -> tuple[int, Hashable] | None:
+        operation = recording.producer.get(value)
+        if operation is None or operation.name not in vocabulary.SLICING:
+            return None
+        return operation.inputs[0], (operation.name, operation.where, operation.outputs.index(value))
+
+    def parameters(value: int) -> tuple[Hashable, ...]:
+        return (value,) if isinstance(recording.kept[value], nn.Parameter) else ()
+
+    reading = recurrence.Reading(sources, slice_of, parameters, lambda value: value)
+    found = []
+    for chain in {id(chain): chain for chain in _chains(candidates).values()}.values():
+        places = defaultdict(list)
+        for number in sorted(chain):
+            operation = candidates[number].operation
+            places[recording.calls[operation.call].name, operation.source].append(number)
+        for numbers in places.values():
+            turns = [
+                reading.turn(candidates[n].operation.inputs, max(candidates[n].before, default=candidates[n].fork))
+                for n in numbers
+            ]
+            if recurrence.is_recurrence(turns):
+                found += numbers
+    return found
+
+
 def _home(recording: Recording, candidate: _Candidate) -> int:
-    """The innermost call that runs the add and everything between the fork and it."""
+    """The innermost call that runs the add and everything between the fork and it, and gets the fork once."""
     forward = {candidate.fork}
     start = recording.producer[candidate.fork].index + 1 if candidate.fork in recording.producer else 0
     between = []
@@ -197,7 +268,11 @@ def _home(recording: Recording, candidate: _Candidate) -> int:
         if any(value in needed for value in operation.outputs):
             needed.update(value for value in operation.inputs if value in forward)
             calls.append(operation.call)
-    return innermost_common([recording.ancestry(call) for call in set(calls)])
+    home = innermost_common([recording.ancestry(call) for call in set(calls)])
+    # A call that was given the fork twice, to read and to add to, can't tell that both are one.
+    while home > 0 and list(recording.calls[home].leaf_values.values()).count(candidate.fork) > 1:
+        home = recording.calls[home].parent
+    return home
 
 
 def _reject(recording: Recording, operation: Operation, rule: str, reason: str) -> Rejection:

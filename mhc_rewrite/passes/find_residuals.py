@@ -6,20 +6,21 @@ A site is an add `s + b` where the trunk `s`, perhaps behind operations that act
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import fx, nn
 
 from mhc_rewrite.capture import vocabulary
-from mhc_rewrite.capture.trace import ModuleGraph, is_structure
-from mhc_rewrite.passes import lifting
+from mhc_rewrite.capture.graph import ModuleGraph, is_structure
+from mhc_rewrite.passes import feature_axis, lifting, recurrence
+from mhc_rewrite.passes.feature_axis import Votes
 from mhc_rewrite.passes.find_carriers import STAGE
 from mhc_rewrite.passes.lifting import Lift
-from mhc_rewrite.plans import Rejection, SourceLine
-
-SiteKey = tuple[str, str, int, int]
+from mhc_rewrite.passes.lineage import ancestors, is_linear, lineage, mixes, operands, reads_form
+from mhc_rewrite.passes.lineage import region as region_of
+from mhc_rewrite.passes.same_site import Known, SiteKey, make_keys, matched
+from mhc_rewrite.plans import Rejection
 
 
 @dataclass(eq=False)
@@ -35,9 +36,10 @@ class FoundSite:
         scale: the trunk's own factor, `torch.add(f(x), x, alpha=scale)`.
         region: what is computed from `read` on the way to the branches.
         channel_dim: the axis that the branch mixes, -1 or 1.
-        key: what names this add in every capture of the same forward: holder, file, line, occurrence.
+        key: what names this add in every capture of the same forward.
         absorbed: inner sums that became part of this one.
         place: the add's number among the graph's nodes.
+        votes: what shows which axis carries the features.
     """
 
     add: fx.Node
@@ -48,9 +50,14 @@ class FoundSite:
     scale: float | int
     region: set[fx.Node]
     channel_dim: int = -1
-    key: SiteKey = ("", "", 0, 0)
+    key: SiteKey = field(default_factory=SiteKey)
     absorbed: set[fx.Node] = field(default_factory=set)
     place: int = 0
+    votes: Votes = field(default_factory=Votes)
+
+    @property
+    def is_difference(self) -> bool:
+        return min(self.scale, *(factor for _, factor in self.branches)) < 0
 
 
 @dataclass(eq=False)
@@ -63,33 +70,59 @@ class Trunk:
         source: the placeholder that the trunk comes in by, or None.
         after: lifts from the last add to the output, in execution order.
         sinks: positions among the output's leaves at which the trunk goes out.
+        sources: all placeholders that the trunk may come in by: terms of a sum before the first site.
     """
 
     sites: list[FoundSite]
     before: list[Lift] = field(default_factory=list)
     source: fx.Node | None = None
+    sources: tuple[fx.Node, ...] = ()
     after: list[Lift] = field(default_factory=list)
     sinks: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
 class Residuals:
-    """All that was found in one graph."""
+    """All that was found in one graph. `refused`: adds that looked like sites, with rule and reason."""
 
     trunks: list[Trunk]
     rejections: list[Rejection]
+    refused: dict[SiteKey, tuple[str, str]] = field(default_factory=dict)
+
+    def sites(self) -> list[FoundSite]:
+        """All sites, in execution order."""
+        return sorted((site for trunk in self.trunks for site in trunk.sites), key=lambda site: site.place)
 
 
-def find_residuals(captured: ModuleGraph, carrier: nn.Module) -> Residuals:
-    """The trunks of a captured forward, in execution order, and the adds that are none, each with its reason."""
-    finder = _Finder(captured, carrier)
-    finder.find_sites()
-    return Residuals(finder.trunks(), finder.rejections)
+def find_residuals(
+    captured: ModuleGraph, carrier: nn.Module, known: Mapping[SiteKey, Known] | None = None
+) -> Residuals:
+    """The trunks of a captured forward, in execution order, and the adds that are none, each with its reason.
+
+    Args:
+        captured: the forward.
+        carrier: its module.
+        known: what earlier captures of the same forward showed, and what was decided about it since.
+    """
+    barred: dict[fx.Node, tuple[str, str]] = {}
+    refused: dict[SiteKey, tuple[str, str]] = {}
+    while True:  # an add that turns out to be none changes what the others are
+        finder = _Finder(captured, carrier, known or {}, barred)
+        finder.find_sites()
+        further = finder.settle()
+        trunks, forks = finder.trunks() if not further else ([], further)
+        if not forks:
+            return Residuals(trunks, finder.rejections, refused)
+        barred |= forks
+        refused |= {finder.sites[add].key: why for add, why in further.items()}
 
 
 class _Finder:
-    def __init__(self, captured: ModuleGraph, carrier: nn.Module) -> None:
-        self.captured, self.carrier = captured, carrier
+    def __init__(
+        self, captured: ModuleGraph, carrier: nn.Module, known: Mapping[SiteKey, Known],
+        barred: Mapping[fx.Node, tuple[str, str]],
+    ) -> None:  # fmt: skip
+        self.captured, self.carrier, self.known, self.barred = captured, carrier, known, barred
         self.nodes = list(captured.graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.sites: dict[fx.Node, FoundSite] = {}
@@ -102,19 +135,86 @@ class _Finder:
         for node in self.nodes:
             if node.op in ("call_function", "call_method") and vocabulary.name_of(node.target) in vocabulary.ADD:
                 terms = _terms(node)
-                if terms is not None:
+                if terms is not None and node in self.barred:
+                    self._reject(node, *self.barred[node])
+                elif terms is not None:
                     self._consider(node, *terms)
-        seen: dict[tuple[int, SiteKey], int] = {}
+        self.parameters = feature_axis.parameters(self.nodes, self.carrier)
         for site in self.sites.values():
-            source = site.add.meta.get("source") or SourceLine("", 0, "")
-            # A module that is called again with trunk and branch in it has the same sites again. Turns of its loops,
-            # and calls of a module that does nothing but the add, are other sites.
-            began = site.add.meta.get("holder_call", 0)
-            within = all(node.meta.get("serial", began) >= began for node in site.region)
-            line = (began if within else 0, (site.add.meta.get("holder", ""), source.file, source.line, 0))
             site.place = self.order[site.add]
-            site.key = (*line[1][:3], seen.setdefault(line, 0))
-            seen[line] += 1
+            site.votes = feature_axis.votes(site.read, self._in_order(site.region), site.lifts, self.parameters)
+        for site, key in make_keys(self._groups(), self.carrier, self.parameters).items():
+            site.key = key
+        for site, key in matched(sorted(self.sites.values(), key=lambda site: site.place), self.known).items():
+            site.key = key
+
+    def settle(self) -> dict[fx.Node, tuple[str, str]]:
+        """Gives the sites of each trunk one axis; returns the adds that can't be sites on it, with rule and reason."""
+        barred: dict[fx.Node, tuple[str, str]] = {}
+        for group in self._groups():
+            steps = self._steps(group)
+            barred |= {site.add: (recurrence.RULE, recurrence.REASON) for site in steps}
+            skips = {site.add for site in group if self._is_inner_skip(site)}
+            barred |= {add: ("inner-skip", "a skip inside a block, scaled feature by feature") for add in skips}
+            group = [site for site in group if site.add not in barred]
+            decided = [self.known[site.key] for site in group if site.key in self.known]
+            decided = [known for known in decided if known.refused is None]
+            axis = decided[0].channel_dim if decided else feature_axis.elected(sum((s.votes for s in group), Votes()))
+            for site in group:
+                known = self.known.get(site.key)
+                failure = (known and known.refused) or self._on_axis(site, -1 if axis is None else axis)
+                if failure is not None:
+                    barred[site.add] = failure
+        return barred
+
+    def _groups(self) -> list[list[FoundSite]]:
+        """Sites that follow one another on a trunk."""
+        group_of: dict[fx.Node, list[FoundSite]] = {}
+        for site in sorted(self.sites.values(), key=lambda site: site.place):
+            group = group_of.get(site.chain[-1], [])
+            group.append(site)
+            group_of[site.add] = group
+        return list({id(group): group for group in group_of.values()}.values())
+
+    def _steps(self, group: list[FoundSite]) -> list[FoundSite]:
+        """The sites that are steps of a recurrence over time."""
+        reading = recurrence.reading_of_graph(self.order, self.parameters)
+        places: dict[SiteKey, list[FoundSite]] = {}
+        for site in group:
+            places.setdefault(replace(site.key, parts=frozenset(), occurrence=0), []).append(site)
+        steps = []
+        for sites in places.values():
+            turns = [reading.turn(operands(site.add), site.chain[-1]) for site in sites] if len(sites) > 1 else []
+            if recurrence.is_recurrence(turns):
+                steps += sites
+        return steps
+
+    def _is_inner_skip(self, site: FoundSite) -> bool:
+        """As `y + D * x` in the branch of another site, the direct path of a state space's input to its output."""
+        gates = {gate for lift in site.lifts[: site.chain.index(site.read)] for gate in lift.operands}
+        scaled = any(gate in self.parameters and max(gate.meta["shape"], default=1) > 1 for gate in gates)
+        return scaled and any(site.add in other.region for other in self.sites.values() if other is not site)
+
+    def _on_axis(self, site: FoundSite, axis: int) -> tuple[str, str] | None:
+        """Puts a site on the axis, or says why it can't be there."""
+        rank = len(site.read.meta["shape"])
+        if axis not in (1, -1):
+            return "axis", f"the branch mixes axis {axis} of {rank}; streams need the last one or axis 1"
+        site.channel_dim = axis if rank > 2 else -1
+        at = site.chain.index(site.read)
+        if not all(site.channel_dim in lift.channel_dims for lift in site.lifts[:at]):
+            return "not-per-token", "an operation between the branch's read and the add does not act per token"
+        moved = next((lift for lift in site.lifts[:at] if not lift.in_order), None)
+        if moved is not None:
+            what = vocabulary.name_of(moved.node.target)
+            return "moved-tokens", f"{what!r} between the branch's read and the add moves tokens or leaves some out"
+        usable = next((i for i, lift in enumerate(site.lifts) if site.channel_dim not in lift.channel_dims), None)
+        if usable is not None:
+            site.lifts, site.chain = site.lifts[:usable], site.chain[: usable + 1]
+        return None
+
+    def _in_order(self, nodes: set[fx.Node]) -> list[fx.Node]:
+        return sorted(nodes, key=self.order.__getitem__)
 
     def _consider(self, add: fx.Node, left: tuple[fx.Node, float], right: tuple[fx.Node, float]) -> None:
         if left[0].meta["shape"] != right[0].meta["shape"]:
@@ -123,9 +223,11 @@ class _Finder:
             return
         near: tuple[str, str] | None = None
         for (trunk, scale), (branch, factor) in ((left, right), (right, left)):
-            for lifts in self._chains(trunk):
+            for lifts in self._likely_chains(trunk):
                 found = self._site(add, trunk, lifts, branch, scale, factor)
                 if isinstance(found, FoundSite):
+                    if self._drop_inner_differences(found):
+                        return self._consider(add, left, right)  # its branch goes further back now
                     self.sites[add] = found
                     return
                 near = near or found
@@ -138,7 +240,7 @@ class _Finder:
     ) -> FoundSite | tuple[str, str] | None:
         """The site, or the rule and reason for which it is none; None where nothing hints at one."""
         chain = [trunk, *(lift.trunk for lift in lifts)]
-        above = self._lineage(branch)
+        above = lineage(branch, self.sites)
         if branch in chain:
             return None
         reads = [
@@ -148,49 +250,52 @@ class _Finder:
         if not reads:
             return None
         read = reads[0]
-        region = self._region(read, above, set(chain))
+        region = region_of(read, above, set(chain))
         if self._sites_between(branch, read) >= STAGE:
             return "long-skip", "the skip closes over a whole stage of residual adds"
         if not any(mixes(node) or node in self.sites for node in region):
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
+        if all(node in self.sites or is_linear(node) for node in region):
+            return "long-skip", "two states of one trunk are added, without a block between"
+        if min(scale, factor) < 0 and not self._learns(region):
+            return "filter", "a difference to what has no parameters: a filter, such as x - avg_pool(x), not a block"
         if len(reads) > 1:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
             return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
-        axis = self._feature_axis(read, region)
-        rank = len(read.meta["shape"])
-        if axis not in (None, 1, rank - 1):
-            return "axis", f"the branch mixes axis {axis} of {rank}; streams need the last one or axis 1"
-        channel_dim = 1 if axis == 1 and rank > 2 else -1
-        if not all(channel_dim in lift.channel_dims for lift in lifts[: chain.index(read)]):
-            return "not-per-token", "an operation between the branch's read and the add does not act per token"
-        usable = next((i for i, lift in enumerate(lifts) if channel_dim not in lift.channel_dims), len(lifts))
-        lifts = lifts[:usable]
-        chain = chain[: usable + 1]
-        return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region, channel_dim)
+        return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region)
 
     def _merge(self, add: fx.Node, trunk: fx.Node, branch: fx.Node, scale: float, factor: float) -> bool:
         """`(x + a(x)) + b(x)` is one site with two branches: the inner sum is read by nobody but the outer."""
         inner = self.sites.get(trunk)
         if inner is None or scale != 1 or any(user is not add and not reads_form(user) for user in trunk.users):
             return False
-        above = self._lineage(branch)
-        region = self._region(inner.read, above, set(inner.chain))
+        above = lineage(branch, self.sites)
+        region = region_of(inner.read, above, set(inner.chain))
         if not any(mixes(node) for node in region):
             return False
         del self.sites[trunk]
         branches = [*inner.branches, (branch, factor)]
         self.sites[add] = FoundSite(add, inner.chain, inner.lifts, inner.read, branches, inner.scale,
-                                    inner.region | region, inner.channel_dim,
+                                    inner.region | region,
                                     absorbed=inner.absorbed | {trunk})  # fmt: skip
         return True
+
+    def _likely_chains(self, node: fx.Node) -> list[list[Lift]]:
+        """The ways back: first those that go on from an earlier site, from the latest; of a sum of states one is it."""
+
+        def end(lifts: list[Lift]) -> int:
+            start = lifts[-1].trunk if lifts else node
+            return self.order[start] if start in self.sites else -1
+
+        return sorted(self._chains(node), key=end, reverse=True)
 
     def _chains(self, node: fx.Node, operands: tuple[fx.Node, ...] = ()) -> Iterator[list[Lift]]:
         """The ways back from `node` along the trunk, longest first, each up to and with an earlier add."""
         if node not in self.sites:
             for lift in self._lifts(node):
                 gates = (*operands, *lift.operands)
-                if any(lift.trunk is gate or lift.trunk in self._ancestors(gate) for gate in gates):
+                if any(lift.trunk is gate or lift.trunk in ancestors(gate) for gate in gates):
                     continue  # a gate that depends on the trunk: that is modulation, not a residual
                 for further in self._chains(lift.trunk, gates):
                     yield [lift, *further]
@@ -198,7 +303,10 @@ class _Finder:
 
     def _lifts(self, node: fx.Node) -> list[Lift]:
         if node not in self.lift_cache:
-            self.lift_cache[node] = lifting.carried(node, self.carrier)
+            lifts = lifting.carried(node, self.carrier)
+            # Streams have memory of their own: what is in place on the trunk may not be read by another name.
+            seen = bool(lifts) and node.meta.get("inplace") and self._alias(node, node.all_input_nodes) is not None
+            self.lift_cache[node] = [] if seen else lifts
         return self.lift_cache[node]
 
     def _sites_between(self, branch: fx.Node, read: fx.Node) -> int:
@@ -216,40 +324,6 @@ class _Finder:
             if node is read:
                 return count
 
-    def _ancestors(self, node: fx.Node) -> set[fx.Node]:
-        """`node` and all whose values, not only sizes, it is computed from."""
-        seen, todo = {node}, [node]
-        while todo:
-            for source in todo.pop().all_input_nodes:
-                if source not in seen and not reads_form(source):
-                    seen.add(source)
-                    todo.append(source)
-        return seen
-
-    def _lineage(self, branch: fx.Node) -> set[fx.Node]:
-        """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own."""
-        seen, todo = {branch}, [branch]
-        while todo:
-            node = todo.pop()
-            sources = self.sites[node].chain[:1] if node in self.sites else node.all_input_nodes
-            for source in sources:
-                if source not in seen and not reads_form(source):
-                    seen.add(source)
-                    todo.append(source)
-        return seen
-
-    @staticmethod
-    def _region(read: fx.Node, above: set[fx.Node], chain: set[fx.Node]) -> set[fx.Node]:
-        """What is computed from `read`, off the trunk, on the way to the branch whose ancestors are `above`."""
-        seen: set[fx.Node] = set()
-        todo = [user for user in read.users if user in above and user not in chain]
-        while todo:
-            node = todo.pop()
-            if node not in seen and not reads_form(node):
-                seen.add(node)
-                todo.extend(user for user in node.users if user in above)
-        return seen
-
     def _alias(self, add: fx.Node, chain: list[fx.Node]) -> fx.Node | None:
         """A later reader of the memory that an in-place add wrote to, by another name than the sum's."""
         storage = add.meta.get("storage")
@@ -260,23 +334,25 @@ class _Finder:
                         return user
         return None
 
-    def _feature_axis(self, read: fx.Node, region: set[fx.Node]) -> int | None:
-        """The trunk's axis that the branch mixes or normalises first."""
-        follower = vocabulary.AxisFollower(read, len(read.meta["shape"]))
-        for node in sorted(region, key=self.order.__getitem__):
-            inputs = node.all_input_nodes
-            if node.op == "call_module":
-                for source in inputs:
-                    axis = node.meta["axes"].get(source.name)
-                    if source in follower.axes and axis is not None and axis < len(follower.axes[source]):
-                        return follower.axes[source][axis]
-            rank = len(node.meta["shape"]) if "shape" in node.meta else None
-            target = "" if node.op == "call_module" else node.args[1] if node.target is getattr else node.target
-            args = node.args[:1] if node.target is getattr else node.args
-            axis = follower.step(target, list(inputs), args, dict(node.kwargs), node, rank)
-            if axis is not None:
-                return axis
-        return None
+    def _learns(self, region: set[fx.Node]) -> bool:
+        """Whether parameters take part in what a branch computes."""
+        for node in region:
+            module = self.carrier.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if module is not None and next(module.parameters(), None) is not None:
+                return True
+            if any(source.op == "get_attr" for source in node.all_input_nodes) or node.meta.get("on_object"):
+                return True
+        return False
+
+    def _drop_inner_differences(self, site: FoundSite) -> bool:
+        """`x + g(x - f(x))` is one site: a difference inside of a branch does not take the trunk from it."""
+        inner = [
+            self.sites.pop(node) for node in list(site.region)
+            if node in self.sites and self.sites[node].is_difference and site.read in self.sites[node].chain
+        ]  # fmt: skip
+        for other in inner:
+            self._reject(other.add, "fork", "a difference inside of the branch of another residual add on its trunk")
+        return bool(inner)
 
     def _reject(self, add: fx.Node, rule: str, reason: str) -> None:
         holder = ".".join(filter(None, (self.captured.module, add.meta.get("holder", ""))))
@@ -284,10 +360,12 @@ class _Finder:
 
     # -- trunks ------------------------------------------------------------------------------------------------------
 
-    def trunks(self) -> list[Trunk]:
+    def trunks(self) -> tuple[list[Trunk], dict[fx.Node, tuple[str, str]]]:
+        """The trunks, and the adds that go on from where another trunk does, with rule and reason."""
         ordered = sorted(self.sites.values(), key=lambda site: self.order[site.add])
         trunk_of: dict[fx.Node, Trunk] = {}
         trunks: list[Trunk] = []
+        forks: dict[fx.Node, tuple[str, str]] = {}
         claimed: set[fx.Node] = set()
         for site in ordered:
             previous = trunk_of.get(site.chain[-1])
@@ -296,12 +374,15 @@ class _Finder:
             ):
                 previous = None
             on_trunk = site.chain[: site.chain.index(site.read) + 1] if previous is None else site.chain[:-1]
+            if not claimed.isdisjoint(on_trunk) and previous is not None and site.read not in claimed:
+                previous, on_trunk = None, site.chain[: site.chain.index(site.read) + 1]  # a part of it, on its own
+                self._cut(site)
             if not claimed.isdisjoint(on_trunk):
-                self._reject(site.add, "fork", "another residual add continues the same trunk")
-                del self.sites[site.add]
+                forks[site.add] = "fork", "another residual add continues the same trunk"
                 continue
             claimed.update(on_trunk, [site.add])
             if previous is None:
+                self._note_end(site)
                 previous = Trunk([])
                 trunks.append(previous)
             previous.sites.append(site)
@@ -311,20 +392,51 @@ class _Finder:
         for trunk in trunks:
             self._find_source(trunk, taken)
             self._find_sinks(trunk, leaves)
-        return trunks
+        return trunks, forks
+
+    @staticmethod
+    def _cut(site: FoundSite) -> None:
+        """Lets a site's trunk begin where its branch reads."""
+        at = site.chain.index(site.read)
+        site.chain, site.lifts = site.chain[: at + 1], site.lifts[:at]
+
+    def _note_end(self, site: FoundSite) -> None:
+        """Says why the stream of an earlier site ends here, where an operation that mixes nothing comes between."""
+        node = site.chain[-1]
+        sources = [source for source in node.all_input_nodes if "shape" in source.meta]
+        if node in self.sites or mixes(node) or reads_form(node):
+            return
+        if any(chain[-1] in self.sites for source in sources for chain in self._ways_back(source)):
+            what = vocabulary.name_of(node.target) if node.op != "call_module" else str(node.target)
+            reason = f"{what!r} stands on the trunk and does not act on every stream alone; the stream ends there"
+            self._reject(node, "trunk-operation", reason)
+
+    def _ways_back(self, node: fx.Node) -> Iterator[list[fx.Node]]:
+        for lifts in self._chains(node):
+            yield [node, *(lift.trunk for lift in lifts)]
 
     def _find_source(self, trunk: Trunk, taken: set[fx.Node]) -> None:
         first = trunk.sites[0]
         at = first.chain.index(first.read)
-        before = first.lifts[at:]
-        start = first.chain[-1]
         nested = any(
             any(node in site.region for node in first.chain[at:]) or first.add in site.region
             for site in self.sites.values() if site is not first
         )  # fmt: skip
-        if start.op == "placeholder" and start not in taken and not nested and "leaf" in start.meta:
-            taken.add(start)
-            trunk.source, trunk.before = start, before[::-1]
+        if nested or first.chain[-1] in self.sites:
+            return
+        ways: dict[fx.Node, list[Lift]] = {}
+        for lifts in self._chains(first.read):
+            start = lifts[-1].trunk if lifts else first.read
+            if start.op == "placeholder" and "leaf" in start.meta and start not in taken:
+                if all(first.channel_dim in lift.channel_dims for lift in lifts):
+                    ways.setdefault(start, lifts)
+        trunk.sources = tuple(ways)
+        if ways:
+            known = self.known.get(first.key)
+            asked = [start for start in ways if known is not None and start.meta["leaf"] == known.source]
+            trunk.source = [*asked, *ways][0]
+            trunk.before = ways[trunk.source][::-1]
+            taken.add(trunk.source)
 
     def _find_sinks(self, trunk: Trunk, leaves: list[object]) -> None:
         """Follows the trunk behind its last add to the output, if it gets there by lifted operations alone."""
@@ -372,19 +484,3 @@ def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]]
     if left is right or not floating or not isinstance(alpha, (int, float)):
         return None
     return (left, 1), (right, alpha)  # type: ignore[return-value]
-
-
-def mixes(node: fx.Node) -> bool:
-    """Whether a node mixes features: what makes a branch a block."""
-    if node.op == "call_module":
-        return bool(node.meta["mixes"])
-    return node.op in ("call_function", "call_method") and vocabulary.is_mixing(node.target)
-
-
-def reads_form(node: fx.Node) -> bool:
-    """Whether a node sees a tensor's form and not its values."""
-    if node.op == "call_method":
-        return node.target in vocabulary.FORM
-    if node.target is getattr:
-        return node.args[1] in vocabulary.FORM
-    return node.op == "call_function" and node.target in (torch.numel, torch.is_floating_point)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.state import undisturbed
+from mhc_rewrite.passes.axes import axis_operation, indexing
 from mhc_rewrite.sites import streams
 
 
@@ -29,6 +30,7 @@ class Lift:
         kind: a key of `_WRITERS`.
         operands: other tensors it reads, gates say: they may not depend on the trunk.
         channel_dims: the trunk's layouts for which it acts per token.
+        in_order: whether every token is still there, in the same order.
     """
 
     node: fx.Node
@@ -36,6 +38,7 @@ class Lift:
     kind: str
     operands: tuple[fx.Node, ...] = ()
     channel_dims: tuple[int, ...] = (-1, 1)
+    in_order: bool = True
 
 
 def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
@@ -48,26 +51,54 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
     if node.op == "call_module":
         return _carried_by_module(node, first, inputs, carrier)
     name = vocabulary.name_of(node.target)
-    same = first is not None and first.meta.get("shape") == shape
     bare = name.rstrip("_")
-    if bare in vocabulary.DROPOUT and same:
-        return [Lift(node, first, "dropout")]  # type: ignore[arg-type]
-    if (name in vocabulary.POINTWISE or bare in vocabulary.POINTWISE) and same:
-        return [Lift(node, first, "pointwise")]  # type: ignore[arg-type]
-    if name in vocabulary.SCALING or name in vocabulary.ADD:
-        either = inputs if name in vocabulary.ADD or "mul" in name else inputs[:1]
+    if copied := _copied(node, name):
+        return [Lift(node, copied, "same")]
+    if bare in vocabulary.DROPOUT and first in inputs:
+        return [Lift(node, first, "dropout")]
+    if candidates := _pointwise_operands(node, name, bare, inputs):
+        reads = inputs if bare not in ("to", "type_as") else []  # these read no more than another tensor's form
         return [
-            Lift(node, trunk, "operand", tuple(other for other in inputs if other is not trunk))
-            for trunk in either
-            if trunk.meta["shape"] == shape and trunk.meta["dtype"].is_floating_point
+            Lift(node, trunk, "operand", tuple(other for other in reads if other is not trunk))
+            for trunk in candidates
+            if trunk.meta["shape"] == shape
+            and (trunk.meta["dtype"].is_floating_point or trunk.meta["dtype"].is_complex)
         ]
-    if name in ("view", "reshape") and first is not None and len(inputs) == 1 and _keeps_last_axis(first, node):
-        return [Lift(node, first, "reshape", channel_dims=(-1,))]
-    if name in ("flatten", "transpose") and first is not None and _leading_axes(node, first):
-        return [Lift(node, first, "pointwise", channel_dims=(-1,))]
-    if name == "unflatten" and first is not None and len(node.args) == 3 and isinstance(node.args[1], int) \
-            and 0 <= node.args[1] < len(first.meta["shape"]) - 1:  # fmt: skip
-        return [Lift(node, first, "pointwise", channel_dims=(-1,))]
+    moved = axis_operation(node, first.meta["shape"]) if first in inputs else None
+    if moved is not None:
+        operands = tuple(other for other in inputs if other is not first)
+        return [Lift(node, first, "axes", operands, moved.channel_dims, moved.in_order)]  # type: ignore[arg-type]
+    if name == "setitem" and isinstance(node.args[2], (int, float)):  # x[mask] = 0
+        written = indexing(node, len(shape))
+        operands = tuple(other for other in inputs if other is not first)
+        return [Lift(node, first, "written", operands, written.channel_dims)] if written else []  # type: ignore[arg-type]
+    return []
+
+
+def _copied(node: fx.Node, name: str) -> fx.Node | None:
+    """What a node is a mere copy of: `x + 0`, as Python's `sum` begins; all of a tensor written with another."""
+    if name in vocabulary.ADD and any(isinstance(term, (int, float)) and term == 0 for term in node.args):
+        source: Any = next(iter(node.all_input_nodes), None)
+    elif name == "copy_":
+        source = node.args[1]
+    elif name == "setitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        source = node.args[2] if all(entry in (slice(None), ...) for entry in index) else None
+    else:
+        return None
+    same = isinstance(source, fx.Node) and all(source.meta.get(key) == node.meta[key] for key in ("shape", "dtype"))
+    return source if same else None
+
+
+def _pointwise_operands(node: fx.Node, name: str, bare: str, inputs: list[fx.Node]) -> list[fx.Node]:
+    """The tensors of an operation element by element that may be the trunk."""
+    if bare in vocabulary.POINTWISE:
+        return inputs[:1]
+    if name in vocabulary.SCALING or bare in vocabulary.OFFSETS:
+        return inputs if name in vocabulary.ADD or "mul" in name or "sub" in name else inputs[:1]
+    if name == "where":  # torch.where(condition, x, y), x.where(condition, y)
+        values = [*node.args[:1], *node.args[2:]] if node.op == "call_method" else list(node.args[1:])
+        return [value for value in values if value in inputs]  # type: ignore[misc]
     return []
 
 
@@ -78,7 +109,8 @@ def _carried_by_module(node: fx.Node, first: fx.Node | None, inputs: list[fx.Nod
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [Lift(node, first, "dropout module")]
     if channel_dims := acts_per_token(module, first.meta["shape"], first.meta["dtype"]):
-        return [Lift(node, first, "module", channel_dims=channel_dims)]
+        in_place = any(getattr(part, "inplace", False) for part in module.modules())
+        return [Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)]
     return []
 
 
@@ -115,25 +147,6 @@ def _acts_alone(module: nn.Module, ones: list[Tensor], channel_dim: int, trainin
     return lifted.shape == alone.shape and torch.allclose(lifted, alone, atol=tolerance, rtol=tolerance)
 
 
-def _keeps_last_axis(first: fx.Node, node: fx.Node) -> bool:
-    before, after = first.meta["shape"], node.meta["shape"]
-    return len(before) > 1 and len(after) > 1 and before[-1] == after[-1] and _numel(before) == _numel(after)
-
-
-def _leading_axes(node: fx.Node, first: fx.Node) -> bool:
-    """Whether flatten or transpose names axes before the last, counted from the front."""
-    axes = (*node.args[1:], *node.kwargs.values())
-    rank = len(first.meta["shape"])
-    return len(axes) == 2 and all(isinstance(axis, int) and 0 <= axis < rank - 1 for axis in axes)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,16 +163,6 @@ def write(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim
     return _WRITERS[lift.kind](graph, lift, source, mapped, channel_dim)
 
 
-def _pointwise(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
-    node = lift.node
-    args, kwargs = _arguments(lift, source, mapped)
-    # Streams may share memory at the entry, so what was in place becomes a new tensor.
-    kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
-    if isinstance(node.target, str):
-        return graph.call_method(node.target.rstrip("_"), args, kwargs)
-    return graph.call_function(_out_of_place(node.target), args, kwargs)
-
-
 def _operand(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
     rank = len(lift.trunk.meta["shape"])
 
@@ -169,12 +172,33 @@ def _operand(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_
             return operand
         return graph.call_function(streams.align, (operand, rank, channel_dim))
 
-    return _pointwise(graph, lift, source, aligned, channel_dim)
+    node = lift.node
+    args, kwargs = _arguments(lift, source, aligned)
+    # Streams may share memory at the entry, so what was in place becomes a new tensor.
+    kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+    if isinstance(node.target, str):
+        return graph.call_method(node.target.rstrip("_"), args, kwargs)
+    return graph.call_function(_out_of_place(node.target), args, kwargs)
 
 
-def _reshape(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
-    args, kwargs = _arguments(lift, source, mapped)
-    return graph.call_function(streams.reshape_tokens, (*args, *kwargs.values()))
+def _same(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    return source
+
+
+def _axes(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    operation = axis_operation(lift.node, lift.trunk.meta["shape"])
+    assert operation is not None
+    args = (source, *fx.node.map_arg(operation.arguments(channel_dim), mapped))
+    if isinstance(operation.target, str):
+        return graph.call_method(operation.target, args)
+    return graph.call_function(operation.target, args)
+
+
+def _written(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    operation = indexing(lift.node, len(lift.trunk.meta["shape"]))
+    assert operation is not None
+    (index,) = fx.node.map_arg(operation.arguments(channel_dim), mapped)
+    return graph.call_function(streams.with_number, (source, index, lift.node.args[2]))
 
 
 def _dropout(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
@@ -189,6 +213,12 @@ def _module(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_d
     if channel_dim == -1:
         return graph.call_module(str(lift.node.target), args, kwargs)
     return graph.call_function(streams.fold, (graph.get_attr(str(lift.node.target)), *args), kwargs)
+
+
+def _module_in_place(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    """On a copy: streams may share memory, or be a view of an operator's result, which nobody may write to."""
+    own = graph.call_method("clone", (source,), {"memory_format": torch.contiguous_format})
+    return _module(graph, lift, own, mapped, channel_dim)
 
 
 def _dropout_module(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
@@ -215,10 +245,12 @@ def _out_of_place(target: Any) -> Any:
 
 
 _WRITERS = {
-    "pointwise": _pointwise,
+    "same": _same,
     "operand": _operand,
-    "reshape": _reshape,
+    "axes": _axes,
+    "written": _written,
     "dropout": _dropout,
     "dropout module": _dropout_module,
     "module": _module,
+    "module in place": _module_in_place,
 }

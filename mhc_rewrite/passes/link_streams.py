@@ -5,27 +5,28 @@ What one carrier returns and another receives is the same tensor object; a recor
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from mhc_rewrite.capture.record import ModuleCall, Operation, Recording, innermost_common
+from mhc_rewrite.passes.feature_axis import MIN_WIDTH, Votes, elected
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals, Trunk
+from mhc_rewrite.passes.same_site import SiteKey
 from mhc_rewrite.plans import Rejection
-
-# Reads of a tensor's form that the extra axis of the streams does not change.
-_HARMLESS = frozenset({"dtype", "device", "layout", "is_cuda", "requires_grad", "is_floating_point", "is_leaf",
-                       "get_device", "is_complex"})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SiteRef:
-    """A site by name of its carrier, holder (absolute), and place in the source: the same in every mode."""
+    """A site by name of its carrier, and its key in there: the same in every mode."""
 
     carrier: str
-    holder: str
-    file: str
-    line: int
-    occurrence: int
+    key: SiteKey
+
+    @property
+    def holder(self) -> str:
+        """The module whose forward holds the add."""
+        return ".".join(filter(None, (self.carrier, self.key.holder)))
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class Segment:
     refs: tuple[SiteRef, ...]
     came_in: int | None
     went_out: frozenset[int]
+    might: dict[int, str] = field(default_factory=dict)  # what else might be its trunk, and the leaf that it comes by
 
 
 @dataclass(eq=False)
@@ -46,14 +48,10 @@ class LinkedStream:
     Attributes:
         segments: at least one.
         scope: name of the innermost module whose call runs all of it.
-        readers: modules that read the trunk between segments or at its end; they get the mean.
-        may_end_early: whether whoever reads the end would take the mean of an earlier layer's streams as well.
     """
 
     segments: list[Segment]
     scope: str = ""
-    readers: set[str] = field(default_factory=set)
-    may_end_early: bool = False
 
     @property
     def refs(self) -> tuple[SiteRef, ...]:
@@ -63,7 +61,7 @@ class LinkedStream:
 
 @dataclass
 class Ending:
-    """A place where a stream ends that might have gone on: code of `parent` reads the trunk there."""
+    """A place where a stream ends that might have gone on: code of `parent` changes the trunk there."""
 
     parent: str
     rejection: Rejection
@@ -74,10 +72,6 @@ def link_streams(
 ) -> tuple[list[LinkedStream], list[Ending]]:
     """The streams of one run, each once, and the places where one ends that might have gone on."""
     segments = [_segment(call, trunk) for call, residuals in found for trunk in residuals.trunks]
-    readers = defaultdict(list)
-    for operation in recording.operations:
-        for value in operation.inputs:
-            readers[value].append(operation)
     taker: dict[int, Segment] = {}
     for segment in segments:
         if segment.came_in is not None:
@@ -88,56 +82,35 @@ def link_streams(
             continue
         stream = LinkedStream([segment])
         while (following := _next(stream.segments[-1], taker)) is not None and id(following) not in linked:
-            last = stream.segments[-1]
-            modules, trouble = _readers_between(recording, readers, last, following)
-            if trouble is not None:
-                endings.append(trouble)
-                break
-            stream.readers |= modules
             stream.segments.append(following)
             linked.add(id(following))
         if id(segment) not in linked and (trouble := _lost_between(recording, segment, segments)) is not None:
             endings.append(trouble)
         stream.scope = _scope(recording, stream)
-        _read_end(recording, readers, stream)
         streams.append(stream)
     return _each_once(streams), endings
 
 
 def site_ref(call: ModuleCall, site: FoundSite) -> SiteRef:
     """What names a site across calls and modes."""
-    return SiteRef(call.name, ".".join(filter(None, (call.name, site.key[0]))), *site.key[1:])
+    return SiteRef(call.name, site.key)
 
 
 def _segment(call: ModuleCall, trunk: Trunk) -> Segment:
     refs = tuple(site_ref(call, site) for site in trunk.sites)
     source = trunk.source.meta["leaf"] if trunk.source is not None else None
     out = frozenset(value for i in trunk.sinks if i < len(call.outputs) and (value := call.outputs[i]) is not None)
-    return Segment(call, trunk, refs, call.leaf_values.get(source) if source else None, out)
+    others = [start.meta["leaf"] for start in trunk.sources if start is not trunk.source]
+    might = {call.leaf_values[leaf]: leaf for leaf in others if leaf in call.leaf_values}
+    return Segment(call, trunk, refs, call.leaf_values.get(source) if source else None, out, might)
 
 
 def _next(segment: Segment, taker: dict[int, Segment]) -> Segment | None:
     for value in sorted(segment.went_out):
         following = taker.get(value)
         if following is not None and following.call.index > segment.call.index:
-            same_layout = following.trunk.sites[0].channel_dim == segment.trunk.sites[0].channel_dim
-            return following if same_layout else None
+            return following
     return None
-
-
-def _readers_between(
-    recording: Recording, readers: dict[int, list[Operation]], last: Segment, following: Segment
-) -> tuple[set[str], Ending | None]:
-    """Modules that read the trunk between two segments, or why it can't stay n streams there."""
-    assert following.came_in is not None
-    common = innermost_common([recording.ancestry(segment.call.index)[:-1] for segment in (last, following)])
-    modules, raw = _readers(recording, readers[following.came_in], following.came_in, common, (last, following))
-    if raw is None:
-        return modules, None
-    where = recording.calls[raw.call].name
-    reason = (f"{raw.name!r} in {where or 'the model'!r} reads the trunk between {last.call.name!r} and "
-              f"{following.call.name!r}, in code that is not captured; the stream ends there")  # fmt: skip
-    return modules, Ending(recording.calls[common].name, Rejection(where, raw.source, "read-between", reason))
 
 
 def _lost_between(recording: Recording, segment: Segment, segments: list[Segment]) -> Ending | None:
@@ -166,45 +139,6 @@ def _lost_between(recording: Recording, segment: Segment, segments: list[Segment
     return None
 
 
-def _read_end(recording: Recording, readers: dict[int, list[Operation]], stream: LinkedStream) -> None:
-    """Notes who reads the trunk where it ends. If only modules do, layers at the end may be skipped."""
-    last = stream.segments[-1]
-    if len(stream.segments) == 1 or any(segment.trunk.after for segment in stream.segments):
-        return
-    common = innermost_common([recording.ancestry(segment.call.index)[:-1] for segment in stream.segments])
-    raw = None
-    for value in last.went_out:
-        modules, found = _readers(recording, readers[value], value, common, (last,))
-        stream.readers |= modules
-        raw = raw or found
-    stream.may_end_early = raw is None
-
-
-def _readers(
-    recording: Recording, operations: list[Operation], value: int, common: int, segments: tuple[Segment, ...]
-) -> tuple[set[str], Operation | None]:
-    """Who reads a value outside of `segments`: modules below the common call, and the first operation in no module."""
-    modules: set[str] = set()
-    for operation in operations:
-        inside = any(recording.within(operation.call, segment.call.index) for segment in segments)
-        if inside or operation.name in _HARMLESS:
-            continue
-        module = _module_that_took(recording, operation, value, common)
-        if module is None:
-            return modules, operation
-        modules.add(module)
-    return modules, None
-
-
-def _module_that_took(recording: Recording, operation: Operation, value: int, common: int) -> str | None:
-    """The outermost module below the common call that received the trunk as an argument and ran the operation."""
-    for index in recording.ancestry(operation.call):
-        call = recording.calls[index]
-        if index > common and value in call.inputs.values() and call.name:
-            return call.name
-    return None
-
-
 def _scope(recording: Recording, stream: LinkedStream) -> str:
     chains = [recording.ancestry(segment.call.index) for segment in stream.segments]
     if len(chains) > 1:
@@ -216,6 +150,38 @@ def _each_once(streams: list[LinkedStream]) -> list[LinkedStream]:
     """A stream that runs twice, say through an encoder that is called twice, is one stream."""
     seen: dict[tuple[SiteRef, ...], LinkedStream] = {}
     for stream in streams:
-        known = seen.setdefault(stream.refs, stream)
-        known.readers |= stream.readers
+        seen.setdefault(stream.refs, stream)
     return list(seen.values())
+
+
+def decided_sources(streams: list[LinkedStream]) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """Segments whose trunk comes in by one argument while another stream ends in another one."""
+    segments = [segment for stream in streams for segment in stream.segments]
+    out = {value: segment for segment in segments for value in segment.went_out}
+    for segment in segments:
+        if segment.came_in in out:
+            continue
+        for value, leaf in segment.might.items():
+            if value in out and out[value].call.index < segment.call.index:
+                yield segment.refs[0], {"source": leaf}
+
+
+def decided_axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """All sites of a stream get one axis, by a vote of all of them; a stream without one is none."""
+    for stream in streams:
+        if len(stream.refs) < min_sites:
+            continue
+        sites = [(ref, site) for seg in stream.segments for ref, site in zip(seg.refs, seg.trunk.sites, strict=True)]
+        votes = sum((site.votes for _, site in sites), Votes())
+        axis = elected(votes)
+        width = MIN_WIDTH if axis is None else sites[0][1].read.meta["shape"][axis]
+        refused = None
+        if axis is None and not any(strength for _, strength in votes):
+            refused = "axis", "no parameter in the branches acts along one axis of it alone: coordinates, say"
+        elif axis is None:
+            refused = "axis", "as much shows that one axis carries the features as another"
+        elif width < MIN_WIDTH:
+            refused = "width", f"its axis of features has size {width}: coordinates, say, which are not to be projected"
+        if refused or any(site.channel_dim != axis for _, site in sites):
+            for ref, _ in sites:
+                yield ref, {"channel_dim": -1 if axis is None else axis, "refused": refused}

@@ -34,6 +34,17 @@ def collapse(streams: Tensor, channel_dim: int, how: str) -> Tensor:
     return streams.mean(dim) if how == "mean" else streams.sum(dim)
 
 
+def collapse_gradient(gradient: Tensor, channel_dim: int) -> Tensor:
+    """The trunk's gradient of the streams': to move the trunk is to move all of them."""
+    return collapse(gradient, channel_dim, "sum")
+
+
+def spread_gradient(new: Tensor, old: Tensor, channel_dim: int) -> Tensor:
+    """The streams' gradients `old`, changed alike so that the trunk's becomes `new`."""
+    dim = stream_dim(channel_dim)
+    return old + ((new - collapse_gradient(old, channel_dim)) / old.shape[dim]).unsqueeze(dim)
+
+
 def read_mean(streams: Tensor, channel_dim: int) -> Tensor:
     """What a reader of the trunk gets that is no site's branch."""
     return streams.mean(stream_dim(channel_dim))
@@ -72,10 +83,28 @@ def shared_dropout_module(dropout: nn.Module, streams: Tensor, channel_dim: int)
     return streams * mask.unsqueeze(stream_dim(channel_dim))
 
 
-def reshape_tokens(streams: Tensor, *shape: Any) -> Tensor:
-    """A reshape of the trunk's leading axes that leaves C, the last one, alone."""
+def reshape_tokens(streams: Tensor, channel_dim: int, *shape: Any) -> Tensor:
+    """A reshape of the trunk that leaves C alone: of the axes before it where it is last, of those behind it where it
+    is axis 1."""
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    return streams.reshape(*sizes[:-1], streams.shape[-2], streams.shape[-1])
+    if channel_dim == -1:
+        return streams.reshape(*sizes[:-1], streams.shape[-2], streams.shape[-1])
+    return streams.reshape(*streams.shape[:3], *sizes[2:])
+
+
+def with_number(streams: Tensor, index: Any, value: float) -> Tensor:
+    """`streams[index] = value`, on a copy: streams may share memory."""
+    written = streams.clone(memory_format=torch.contiguous_format)
+    written[index] = value
+    return written
+
+
+def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
+    """What a site's `pre` hands to its `post`, where the trunk's tokens were reshaped between the two."""
+    post, res = mix
+    n = post.shape[-1]
+    tokens = streams.shape[:-2] if channel_dim == -1 else (streams.shape[0], *streams.shape[3:])
+    return type(mix)(post.reshape(*tokens, n), res.reshape(*tokens, n, n))
 
 
 def fold(module: Callable[..., Tensor], streams: Tensor, *args: Any, **kwargs: Any) -> Tensor:

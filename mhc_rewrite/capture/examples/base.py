@@ -1,0 +1,75 @@
+"""What all kinds of arguments build on: the model's signature, its config, and the lengths that go together."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_rewrite.capture.examples.parts import Parts
+from mhc_rewrite.capture.examples.search import Call, chosen, random_generator
+
+BATCH, LENGTH = 2, 8
+FRAMES, GRID, SAMPLES = 2, 4, 2048
+
+_INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|cache|past_key_values|labels?$(?<!input_labels)")
+
+
+class Base:
+    """A model's signature and config."""
+
+    def __init__(self, model: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        # What could be given instead of the inputs themselves is left out.
+        self.known = [p.name for p in plain if p.default is p.empty or not _INSTEAD.search(p.name)]
+        self.required = [p.name for p in plain if p.default is p.empty]
+        self.parts = Parts(model.config)
+        tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self.device = tensor.device if tensor is not None else torch.device("cpu")
+        self.dtype = tensor.dtype if tensor is not None else torch.float32
+        self.model = model
+
+    def candidates(self, name: str, call: Call) -> list[Any]:
+        """What `name` may be, likeliest first."""
+        raise NotImplementedError
+
+    def length(self, call: Call) -> int:
+        if "input_ids" in call.names:
+            return int(chosen(self, "input_ids", call).shape[1])
+        return LENGTH
+
+    def text_mask(self, name: str, call: Call) -> list[Any]:
+        return [torch.ones(BATCH, self.length(call), dtype=torch.long)]
+
+    def frame_mask(self, name: str, call: Call) -> list[Any]:
+        lengths = {
+            length
+            for other in call.names
+            if re.search(r"features$|values$", other)
+            if isinstance(value := chosen(self, other, call), Tensor)
+            for length in value.shape[1:]
+        }
+        return [torch.ones(BATCH, length, dtype=torch.long) for length in sorted(lengths, reverse=True)] or (
+            self.text_mask(name, call)
+        )
+
+    def first_width(self, inside: str = "") -> int | None:
+        """What the first layer that has weights takes, of the parts that are named so."""
+        for name, module in self.model.named_modules():
+            if not re.search(inside, name) and any(re.search(inside, other) for other, _ in self.parts.named):
+                continue
+            if isinstance(module, nn.Linear):
+                return module.in_features
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                return module.in_channels
+            if isinstance(module, nn.LayerNorm):
+                return module.normalized_shape[-1]
+        return None
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=random_generator())

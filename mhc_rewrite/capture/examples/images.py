@@ -1,0 +1,62 @@
+"""Example inputs of timm's and torchvision's models: pictures, of the size that the model was built for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_rewrite.capture.examples.search import attempt, random_generator
+
+_BATCH, _FRAMES = 2, 8
+
+
+def of_images(model: nn.Module) -> tuple[Any, ...] | None:
+    """Positional arguments of a call that runs, the first one tried if none does; None for other models."""
+    if not _is_known(model):
+        return None
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    device = weight.device if weight is not None else torch.device("cpu")
+    dtype = weight.dtype if weight is not None else torch.float32
+
+    def picture(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random_generator()).to(device, dtype)
+
+    tried = []
+    for size in dict.fromkeys(_sizes(model)):
+        one = picture(_BATCH, *size)
+        for args in ((one,), ([*one.sigmoid()],), (one, one.flip(0))):
+            if attempt(model, args, {}) is None:
+                return args
+            tried.append(args)
+    return tried[0] if tried else None
+
+
+def _is_known(model: nn.Module) -> bool:
+    config = getattr(model, "default_cfg", None)
+    of_timm = isinstance(config, Mapping) and "input_size" in config
+    return of_timm or type(model).__module__.startswith("torchvision.models")
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Channels and extents that the model was built with, then those of its weights, then usual ones."""
+    config = getattr(model, "default_cfg", None) or {}
+    channels, *usual = config.get("input_size", (3, 224, 224))
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
+    if first is not None:
+        channels = first.in_channels
+    if isinstance(first, nn.Conv3d):
+        yield channels, _FRAMES, 112, 112
+        yield channels, 2 * _FRAMES, 224, 224
+    built = [getattr(owner, name, None) for owner in (getattr(model, "patch_embed", None), model)
+             for name in ("img_size", "image_size", "input_size")]  # fmt: skip
+    for size in built:
+        if isinstance(size, int):
+            yield channels, size, size
+        elif isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(extent, int) for extent in size):
+            yield channels, *size
+    yield channels, *usual
+    for extent in (64, 224, 256, 299):
+        yield channels, extent, extent

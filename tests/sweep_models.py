@@ -1,0 +1,95 @@
+"""What the sweep builds: every model type of transformers, two models of every module of timm and of torchvision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from conftest import define_torchvision_operators
+
+LIBRARIES = ("transformers", "timm", "torchvision")
+
+
+def prepare(libraries: tuple[str, ...]) -> None:
+    """Imports the libraries once, before the processes of the single models part from this one."""
+    try:
+        import torchvision
+    except RuntimeError:  # its operators do not load
+        define_torchvision_operators()
+        import torchvision  # noqa: F401
+    if "transformers" in libraries:
+        import transformers
+
+        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    if "timm" in libraries:
+        import timm  # noqa: F401
+
+
+def names(library: str) -> list[str]:
+    """The models of a library that the sweep tries."""
+    return {"transformers": _transformers, "timm": _timm, "torchvision": _torchvision}[library]()
+
+
+def builder(library: str, name: str) -> Callable[[], nn.Module]:
+    """Makes the model, small where the library lets one choose."""
+    if library == "transformers":
+        from mhc_rewrite.cli.small import build
+
+        return lambda: build(name, {})
+    if library == "timm":
+        import timm
+
+        return lambda: timm.create_model(name, pretrained=False).eval()
+    import torchvision
+
+    return lambda: torchvision.models.get_model(name, weights=None, **_no_weights(name)).eval()
+
+
+def _no_weights(name: str) -> dict[str, Any]:
+    return {"weights_backbone": None} if re.search(r"rcnn|retina|fcos|ssd|fcn|deeplab|lraspp", name) else {}
+
+
+def _transformers() -> list[str]:
+    from transformers import CONFIG_MAPPING
+
+    return sorted(CONFIG_MAPPING.keys(), key=str.lower)
+
+
+def _timm() -> list[str]:
+    """The smallest model of each module, by the digits and words in its name, and one more of another kind."""
+    import timm
+
+    chosen: list[str] = []
+    for module in timm.list_modules():
+        known = timm.list_models(module=module)
+        first = sorted(known, key=_by_size)
+        other = next((name for name in first if name.split("_")[0] != first[0].split("_")[0]), None)
+        chosen += [*first[:1], *([other] if other else first[1:2])]
+    return chosen
+
+
+def _by_size(name: str) -> tuple[int, float, int]:
+    words = ("test", "atto", "femto", "pico", "nano", "xxt", "xxs", "xs", "tiny", "mini", "small", "s", "base", "b")
+    rank = next(
+        (number for number, word in enumerate(words) if re.search(rf"(^|_|\d){word}(\d|_|$)", name)), len(words)
+    )
+    digits = [float(digit) for digit in re.findall(r"\d+", name)]
+    return rank, max(digits, default=0.0), len(name)
+
+
+def _torchvision() -> list[str]:
+    """The smallest model of each module of torchvision, by number, and one more of another kind."""
+    import torchvision
+
+    modules: dict[str, list[str]] = {}
+    for name in torchvision.models.list_models():
+        if not name.startswith("quantized_"):
+            modules.setdefault(torchvision.models.get_model_builder(name).__module__, []).append(name)
+    chosen: list[str] = []
+    for known in modules.values():
+        first = sorted(known, key=_by_size)
+        chosen += [first[0], *(name for name in first if name.split("_")[0] != first[0].split("_")[0])][:2]
+    return chosen

@@ -1,0 +1,130 @@
+"""The sweep on a few models: what it says of them, that its oracle can fail, and the table that it prints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sweep
+import sweep_oracle
+from mhc_rewrite import mhcify, report
+from mhc_rewrite.errors import UnsupportedModelError
+from oracle import perturb, site_params
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f, self.g = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(self.norm(x))
+        return (x + self.g(x)).relu()
+
+
+class Net(nn.Module):
+    """What counts as a model of timm: its config says what pictures it takes."""
+
+    default_cfg = {"input_size": (3, 8, 8)}
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 4, 1), nn.Sequential(*(Block() for _ in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+def examined(build: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    try:
+        sweep.examine(build, row)
+    except sweep.Broken as broken:
+        row.update(verdict=broken.verdict, reason=str(broken))
+    return row
+
+
+def test_a_row() -> None:
+    """Counts and errors of a model that converts; its statistics do not tell the two runs apart."""
+    row = examined(lambda: Net(2).eval())
+    assert row["verdict"] == "exact" and row["sites"] == row["adds"] == 4 and row["streams"] == 1, row
+    assert row["class"] == "Net" and row["inputs"] == {"0": [2, 3, 8, 8]}
+    assert max(row["evaluation"], row["training"], row["perturbed"], row["gradients"]) < 1e-12
+
+
+def test_models_without_a_stream_or_an_example() -> None:
+    assert examined(lambda: Net(0).eval())["verdict"] == "no residual"
+    assert examined(lambda: nn.Linear(3, 3))["verdict"] == "no example"
+    assert examined(lambda: [][0])["verdict"] == "does not build"
+
+
+def test_a_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise UnsupportedModelError("for a reason")
+
+    monkeypatch.setattr("mhc_rewrite.mhcify", refused)
+    row = examined(lambda: Net(2).eval())
+    assert row["verdict"] == "refused" and row["reason"] == "UnsupportedModelError: for a reason"
+
+
+@pytest.mark.parametrize("wrong", ["parameters", "order", "ignored"])
+def test_the_oracle_can_fail(wrong: str) -> None:
+    """It tells a conversion with another site's parameters, with two sites exchanged, or with none, from the right."""
+    torch.manual_seed(0)
+    model = Net(2).double().eval()
+    run = sweep_oracle.Run(copy.deepcopy(model), (torch.randn(2, 3, 8, 8, dtype=torch.float64),), {})
+    picture = run.kept[0]
+    mhcify(model, (picture,))
+    perturb(model)
+    plan = report(model).plan
+    named = dict(model.named_parameters())
+    parameters = {site.name: site_params(named, site.name) for site in plan.sites}
+    got = sweep_oracle.tensors_of(model(picture))
+    right = sweep._error(got, sweep_oracle.tensors_of(run.replay(plan.streams, parameters, 4, 1e-6)))
+    first, second, *_ = parameters
+    if wrong == "parameters":
+        parameters[first] = parameters[first]._replace(bias=parameters[first].bias + 0.1)
+    elif wrong == "order":
+        parameters[first], parameters[second] = parameters[second], parameters[first]
+    streams = [] if wrong == "ignored" else plan.streams
+    off = sweep._error(got, sweep_oracle.tensors_of(run.replay(streams, parameters, 4, 1e-6)))
+    assert right < 1e-12 and off > 1e-3
+
+
+def test_numbers_that_are_none_are_never_right() -> None:
+    one, none = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert sweep._error([one], [none]) == sweep._error([none], [one]) == float("inf")
+    assert sweep._error([one], [one[:1]]) == float("inf") and sweep._error([none], [none]) == 0.0
+
+
+def test_the_table(tmp_path: Path) -> None:
+    rows = [
+        {"library": "timm", "name": "one", "verdict": "exact", "sites": 4, "streams": 1, "adds": 4, "seconds": 0.5,
+         "inputs": {"0": [2, 3, 8, 8]}, "evaluation": 1e-16, "training": None, "perturbed": 0.0, "gradients": 2e-15},
+        {"library": "timm", "name": "two", "verdict": "refused", "reason": "CaptureError: a | b"},
+    ]  # fmt: skip
+    sweep.write_coverage(rows, tmp_path / "coverage.md")
+    text = (tmp_path / "coverage.md").read_text()
+    assert "| one | 0 2x3x8x8 | 4 | 1 | 4 | 1e-16 | - | 0 | 2e-15 | 0.5 | exact |" in text
+    assert "- two: CaptureError: a / b" in text and "| timm | 2 | 1 | 1 | 0 |" in text
+
+
+@pytest.mark.slow
+def test_two_models_in_processes_of_their_own(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(Path(__file__).parent / "sweep.py"), "timm", "transformers", "--only", "test_vit",
+               "--only", "gpt2", "--jobs", "2", "--out", str(out)]  # fmt: skip
+    subprocess.run(command, check=True)
+    rows = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert {name: row["verdict"] for name, row in rows.items()} == {"gpt2": "exact", "test_vit": "exact"}
+    assert rows["gpt2"]["sites"] == rows["gpt2"]["adds"] == 8 and rows["test_vit"]["perturbed"] < 1e-12
+    again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True)
+    assert len(out.read_text().splitlines()) == 2 and "1/" not in again.stdout

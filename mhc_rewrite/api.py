@@ -15,7 +15,7 @@ from mhc_rewrite.capture.call import describe
 from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse
-from mhc_rewrite.conversion.install import install, is_converted, role_of, uninstall
+from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
 from mhc_rewrite.conversion.verify import observe, verify
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
@@ -93,7 +93,15 @@ def mhcify(
     before = observe(model, args, kwargs)
     install(model, analysis)
     try:
-        compared = verify(model, before, observe(model, args, kwargs), values=chosen.init == "preserve")
+        after = observe(model, args, kwargs)
+        for name in lost(model):
+            kind = type(model.get_submodule(name)).__name__
+            raise UnsupportedModelError(
+                f"{name or 'The model'!r} ({kind}) sets its forward anew when its mode changes, as graph modules with a "
+                "graph for each mode do, and would lose the conversion. Convert the model that it was made from, and make "
+                "it from that."
+            )
+        compared = verify(model, before, after, values=chosen.init == "preserve")
     except BaseException:
         uninstall(model)
         raise

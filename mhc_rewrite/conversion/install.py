@@ -71,7 +71,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
     namespace = {
         **{name: _contents(base, name) for name in contents},
         "forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__, "_mhc_base": base, "register_full_backward_hook": full,
+        "__doc__": base.__doc__, "_mhc_base": base, "_mhc_forward": forward, "register_full_backward_hook": full,
         "register_full_backward_pre_hook": full_pre,
     }  # fmt: skip
     return type(base.__name__, (base,), namespace)
@@ -99,6 +99,12 @@ def _rebuild(base: Any, hides_sites: bool) -> nn.Module:
 def role_of(module: nn.Module) -> Role | None:
     """A converted module's role."""
     return module.__dict__.get(_ROLE)
+
+
+def lost(model: nn.Module) -> list[str]:
+    """Modules whose class got another forward since it was converted, by name: fx's graph modules do so."""
+    kinds = {name: type(module) for name, module in model.named_modules() if role_of(module) is not None}
+    return [name for name, kind in kinds.items() if kind.forward is not kind._mhc_forward]
 
 
 def is_converted(model: nn.Module) -> bool:

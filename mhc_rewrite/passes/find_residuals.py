@@ -107,7 +107,7 @@ def find_residuals(
     barred: dict[fx.Node, tuple[str, str]] = {}
     refused: dict[SiteKey, tuple[str, str]] = {}
     while True:  # an add that turns out to be none changes what the others are
-        finder = _Finder(captured, carrier, known or {}, barred)
+        finder = _Finder(captured, carrier, known or {}, barred, refused)
         finder.find_sites()
         further = finder.settle()
         trunks, forks = finder.trunks() if not further else ([], further)
@@ -120,8 +120,10 @@ def find_residuals(
 class _Finder:
     def __init__(
         self, captured: ModuleGraph, carrier: nn.Module, known: Mapping[SiteKey, Known],
-        barred: Mapping[fx.Node, tuple[str, str]],
+        barred: Mapping[fx.Node, tuple[str, str]], refused: Mapping[SiteKey, tuple[str, str]],
     ) -> None:  # fmt: skip
+        # Without some of its steps, a recurrence may look like something else: all at its place are steps.
+        self.recurrent = {_place(key) for key, (rule, _) in refused.items() if rule == recurrence.RULE}
         self.captured, self.carrier, self.known, self.barred = captured, carrier, known, barred
         self.nodes = list(captured.graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
@@ -181,8 +183,8 @@ class _Finder:
         reading = recurrence.reading_of_graph(self.order, self.parameters)
         places: dict[SiteKey, list[FoundSite]] = {}
         for site in group:
-            places.setdefault(replace(site.key, parts=frozenset(), occurrence=0), []).append(site)
-        steps = []
+            places.setdefault(_place(site.key), []).append(site)
+        steps = [site for place in self.recurrent for site in places.pop(place, [])]
         for sites in places.values():
             turns = [reading.turn(operands(site.add), site.chain[-1]) for site in sites] if len(sites) > 1 else []
             if recurrence.is_recurrence(turns):
@@ -471,6 +473,11 @@ def output_leaves(graph: fx.Graph) -> list[object]:
 
     visit(graph.output_node().args[0])
     return leaves
+
+
+def _place(key: SiteKey) -> SiteKey:
+    """A key without what tells the turns of a loop apart."""
+    return replace(key, parts=frozenset(), occurrence=0)
 
 
 def _terms(node: fx.Node) -> tuple[tuple[fx.Node, float], tuple[fx.Node, float]] | None:

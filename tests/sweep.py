@@ -187,7 +187,8 @@ def _error(got: list[Tensor], want: list[Tensor]) -> float:
         if b.numel() and not bool(same.all()):
             if not bool((a[~same].isfinite() & b[~same].isfinite()).all()):
                 return float("inf")
-            worst = max(worst, float((a - b)[~same].abs().max() / b[b.isfinite()].abs().max().clamp_min(1e-30)))
+            # What is smaller is rounding: the gradients of sites around blocks that begin at zero, say.
+            worst = max(worst, float((a - b)[~same].abs().max() / b[b.isfinite()].abs().max().clamp_min(1e-12)))
     return worst
 
 

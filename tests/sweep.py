@@ -18,6 +18,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -310,7 +311,7 @@ def write_coverage(rows: list[dict[str, Any]], file: Path) -> None:
     whole = {library: len(sweep_models.names(library)) for library in ran}
     if ran != whole:
         parts = ", ".join(f"{ran[library]} of {whole[library]} of {library}" for library in ran)
-        text += [f"A sample, spread evenly over the models in the order of their names: {parts}.", ""]
+        text += [f"Not every model has run: {parts}.", ""]
     verdicts = list(dict.fromkeys([*_VERDICTS, *(row["verdict"] for row in rows)]))
     text += [f"| library | models | {' | '.join(verdicts)} |", "|---" * (2 + len(verdicts)) + "|"]
     for library in sweep_models.LIBRARIES:
@@ -349,6 +350,7 @@ def _number(value: float | None) -> str:
 def _clean(text: str) -> str:
     """A reason for a table: without the paths of this machine."""
     text = text.replace("|", "/").split(" Pass example inputs for one call")[0]
+    text = re.sub(r"/\S*/(?:site|dist)-packages/", "", text)
     for folder in sys.path:
         text = text.replace(folder + "/", "") if folder else text
     return text[:300]

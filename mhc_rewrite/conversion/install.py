@@ -20,6 +20,7 @@ from mhc_rewrite.capture.call import CallShape
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
+from mhc_rewrite.conversion.converted import called_site
 from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role, Scope
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream
@@ -109,8 +110,9 @@ def uninstall(model: nn.Module) -> None:
     """Takes sites and roles out again."""
     _restore(model)
     for module in model.modules():
-        for name in [name for name, child in module._modules.items() if isinstance(child, HyperConnection)]:
-            if name.startswith("mhc_"):
+        for name, child in list(module._modules.items()):
+            # A wrapper may stand around a site (PEFT's modules_to_save): it goes with it.
+            if name.startswith("mhc_") and child is not None and called_site(child) is not None:
                 del module._modules[name]
 
 

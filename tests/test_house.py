@@ -14,6 +14,7 @@ FLOORS = [
     {"cli"},
     {"insight"},
     {"__init__"},
+    {"lifecycle"},
     {"api"},
     {"lowering", "conversion"},
     {"passes"},
@@ -22,7 +23,7 @@ FLOORS = [
     {"config"},
     {"connections"},
     {"kernels"},
-    {"printing", "errors", "torch_private"},
+    {"printing", "errors", "torch_private", "version"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,7 +61,19 @@ def converted_class(base: Any) -> type[nn.Module]:
 
 def _rebuild(base: Any) -> nn.Module:
     cls = converted_class(base)
+    _tell_transformers([base])
     return cls.__new__(cls)
+
+
+def _tell_transformers(kinds: Iterable[type]) -> None:
+    """Lets transformers know that there are converted models, if any of these classes is of one of its models.
+
+    Its own `save_pretrained` would write a folder that loads as the original, without a word. What teaches it better is
+    above this room and imports transformers: hence by name, and only where transformers is there already.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and any(issubclass(kind, modeling.PreTrainedModel) for kind in kinds):
+        importlib.import_module("mhc_rewrite.hf")
 
 
 def role_of(module: nn.Module) -> Role | None:
@@ -99,6 +113,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
             module.__dict__[_ROLE] = role
             kind: Any = type(module)
             module.__class__ = converted_class(kind)
+        _tell_transformers(map(type, model.modules()))
     except BaseException:
         _restore(model)
         for holder, name in added:

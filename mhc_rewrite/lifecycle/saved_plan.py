@@ -171,7 +171,7 @@ def install_saved(model: nn.Module, saved: SavedPlan) -> None:
         place = found.get((file, line), (None, None))[1]
         return place or (file, line)
 
-    here = _with_lines(saved, absolute)
+    here = _with_lines(replace(saved, plan=replace(saved.plan, model=type(model).__name__)), absolute)
     analysis = Analysis(here.plan, here.carriers, Captures(model, {}), here.readers, here.may_end_early, {})
     install(model, analysis)
     note = "not compared: converted as a saved model was, without an example"

@@ -72,6 +72,8 @@ def source_files(model: nn.Module) -> list[str]:
 def short_path(file: str) -> str:
     """A file from the folder that it is imported from; its name alone where there is none."""
     path = Path(file)
+    if not path.is_absolute():  # short already
+        return file
     inside = [path.relative_to(folder) for folder in map(Path, sys.path) if folder.name and path.is_relative_to(folder)]
     return min(inside, key=lambda p: len(p.parts), default=Path(path.name)).as_posix()
 

@@ -12,8 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mhc_rewrite"
 # From the top down; rooms of one line may not import each other.
 FLOORS = [
     {"cli"},
-    {"hf"},
-    {"insight"},
+    {"hf", "insight"},
     {"__init__"},
     {"lifecycle"},
     {"api"},

@@ -209,7 +209,7 @@ def check_same_sites(model: nn.Module, conversion: Conversion, saved: SavedPlan)
     """The sites of a converted model by name, if they are those that were saved.
 
     Raises:
-        SitesError: other names, widths or options.
+        SitesError: other names, branches, widths or options.
     """
     here = {site.name: site_at(model, site.name) for site in conversion.plan.sites if not site.excluded}
     there = {site.name: site for site in saved.sites}
@@ -221,8 +221,17 @@ def check_same_sites(model: nn.Module, conversion: Conversion, saved: SavedPlan)
             f"The saved sites are not those of this {type(model).__name__}: it {' and '.join(said)}. Load them into "
             "the original, or into a conversion with the same include and exclude."
         )
-    for name, site in here.items():
-        mine = {**site.options(), "width": site.width}
+    branches = {site.name: site.branch for site in saved.plan.sites}
+    for site in conversion.plan.sites:
+        then = branches.get(site.name, site.branch)
+        # A site's name counts the adds of its module: with an add more before it, it would be another's.
+        if then != site.branch and then in dict(model.get_submodule(site.carrier).named_modules()):
+            raise SitesError(
+                f"Site {site.name!r} was saved at the add of {then!r} and is at that of {site.branch!r} here "
+                f"({site.source}): the adds of {site.holder or 'the model'!r} are others."
+            )
+    for name, own in here.items():
+        mine = {**own.options(), "width": own.width}
         theirs = {**saved.plan.config.function(), "channel_dim": there[name].channel_dim, "width": there[name].width}
         other = [key for key in theirs if theirs[key] != mine[key]]
         if other:

@@ -404,7 +404,7 @@ MOVED: dict[str, tuple[str, str, str, str]] = {
     "lines inside": ("        x = x + self.b(x)", "        # now\n        x = x + self.b(x)", "equal", "equal"),
     "another add": ("x = x + self.b(x)", "x = self.b(x) + x", "`x = x + self.b(x)` in Block.forward", "equal"),
     "another class": ("Block", "Layer", "in Block.forward of net.py", "equal"),
-    "an add more": ("    x = x + self.a(x)", "    x = x + self.b(x)\n        x = x + self.a(x)", "self.b(x)", "that of 'b'"),
+    "an add more": ("    x = x + self.a(x)", "    x = x + self.b(x)\n        x = x + self.a(x)", "self.b(x)", "of 'b'"),
     "other layers": ("self.layers", "self.blocks", "no module 'layers.0'", "no module 'layers.0'"),
 }  # fmt: skip
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from mhc_rewrite.conversion.converted import sites_in_use
 from mhc_rewrite.errors import MHCError, SitesError
@@ -70,15 +73,23 @@ def _conversion(path: Any, config: Any, kwargs: dict[str, Any]) -> SavedPlan | N
     """The conversion in a configuration, or in that of the folder where none was given."""
     if isinstance(config, PreTrainedConfig):
         saved = getattr(config, KEY, None)
-    elif (place := path if config is None else config) is None:
-        return None
     else:
-        try:
-            data, _ = PreTrainedConfig.get_config_dict(place, **{k: kwargs[k] for k in _WHERE if k in kwargs})
-        except (OSError, ValueError):  # an adapter's folder, or nothing there: transformers says so, or `_finish`
-            return None
-        saved = data.get(KEY)
+        place = path if config is None else config
+        saved = None if place is None else _read(place, {k: kwargs[k] for k in _WHERE if k in kwargs}).get(KEY)
     return None if saved is None else conversion_in(saved)
+
+
+def _read(place: Any, where: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json`; an adapter's is its base model's. Empty where there is none, as transformers will say."""
+    with contextlib.suppress(OSError, ValueError):
+        if data := PreTrainedConfig.get_config_dict(place, **where)[0]:
+            return data
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        adapter = find_adapter_config_file(place, **where)
+        if adapter is not None:
+            base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            return PreTrainedConfig.get_config_dict(base)[0]
+    return {}
 
 
 def _with_sites(kind: Any, saved: SavedPlan) -> Any:

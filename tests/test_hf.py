@@ -501,6 +501,72 @@ def test_unmhcify_through_peft(saved: Path) -> None:
         assert torch.allclose(logits(model), logits(original("llama")), atol=1e-6)
 
 
+# -- other libraries ---------------------------------------------------------------------------------------------------
+
+
+class Tokens(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": TOKENS[index % 2], "labels": TOKENS[index % 2]}
+
+
+def training(folder: Path, steps: int) -> hf.TrainingArguments:
+    return hf.TrainingArguments(
+        folder, max_steps=steps, save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True,
+        per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        save_only_model=False, dataloader_pin_memory=False, logging_steps=1000,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path: Path) -> None:
+    """Its checkpoints are converted models; it resumes from them and loads the best; other options stop it."""
+    model = converted("llama")
+    hf.Trainer(model, training(tmp_path, 4), train_dataset=Tokens(), eval_dataset=Tokens()).train()
+    other = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert is_converted(other) and torch.equal(logits(other), logits(model.eval()))
+    assert not torch.equal(logits(other), logits(converted("llama")))
+    again = converted("llama")
+    trainer = hf.Trainer(again, training(tmp_path, 4), train_dataset=Tokens(), eval_dataset=Tokens())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(again.eval()), logits(model))
+    wrong = converted("llama", eps_norm=0.5)
+    trainer = hf.Trainer(wrong, training(tmp_path, 6), train_dataset=Tokens(), eval_dataset=Tokens())
+    with pytest.raises(SitesError, match="eps_norm"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_accelerate(saved: Path) -> None:
+    config = hf.AutoConfig.from_pretrained(saved / "gpt2")
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    accelerate.load_checkpoint_and_dispatch(model, saved / "gpt2")
+    assert torch.equal(logits(model, "gpt2"), torch.load(saved / "gpt2.pt")["logits"])
+    with pytest.raises(ValueError, match="_extra_state"):
+        accelerate.load_checkpoint_and_dispatch(model, saved / "gpt2", device_map={"": "cpu"})
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    """torch's own checkpoints of a state dict, and what they make of the options."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other = converted("llama"), mhcify(original("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save(get_model_state_dict(model), checkpoint_id=tmp_path)
+        state = get_model_state_dict(other)
+        checkpoint.load(state, checkpoint_id=tmp_path)
+        set_model_state_dict(other, state)
+        assert torch.equal(logits(other), logits(model))
+        wrong = converted("llama", eps_norm=0.5)
+        state = get_model_state_dict(wrong)
+        checkpoint.load(state, checkpoint_id=tmp_path)
+        with pytest.raises(SitesError, match="eps_norm"):
+            set_model_state_dict(wrong, state)
+
+
 # -- model families ----------------------------------------------------------------------------------------------------
 
 # Marian computes its positions anew at each load, and Wav2Vec2 draws masks by numpy, converted or not.

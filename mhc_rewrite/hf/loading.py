@@ -36,14 +36,14 @@ class ConvertedConfig(PreTrainedConfig):
 
 def register() -> None:
     """Makes transformers' loading know conversions."""
-    get_config_dict = PreTrainedConfig.get_config_dict
+    read_file = PreTrainedConfig._dict_from_json_file  # what every way to read a configuration goes through
     from_pretrained = PreTrainedModel.from_pretrained
     from_config: Any = PreTrainedModel._from_config
 
-    @functools.wraps(get_config_dict)
-    def reading(cls: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data, unused = get_config_dict.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
-        return (unmark(data) if KEY in data else data), unused
+    @functools.wraps(read_file)
+    def reading(cls: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        data = read_file.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+        return unmark(data) if KEY in data else data
 
     @functools.wraps(from_pretrained)
     def loading(
@@ -64,7 +64,7 @@ def register() -> None:
             cls, config = _with_sites(cls, conversion_in(saved)), copy.deepcopy(config)
         return from_config.__func__(cls, config, **kwargs)
 
-    PreTrainedConfig.get_config_dict = classmethod(reading)  # type: ignore[assignment, method-assign]
+    PreTrainedConfig._dict_from_json_file = classmethod(reading)  # type: ignore[assignment, method-assign]
     PreTrainedModel.from_pretrained = classmethod(loading)  # type: ignore[assignment, method-assign]
     PreTrainedModel._from_config = classmethod(building)  # type: ignore[assignment, method-assign]
 

@@ -400,7 +400,7 @@ SOURCE = """
 # What is replaced in the source by what, and what loading says then: by the saved plan, and by an example.
 MOVED: dict[str, tuple[str, str, str, str]] = {
     "as it was": ("", "", "equal", "equal"),
-    "lines before": ("class Net", "def f(x):\n    x = x + self.b(x)\n\n\nclass Net", "equal", "equal"),
+    "lines before": ("class Block", "def f(x):\n    x = x + self.b(x)\n\n\nclass Block", "equal", "equal"),
     "lines inside": ("        x = x + self.b(x)", "        # now\n        x = x + self.b(x)", "equal", "equal"),
     "another add": ("x = x + self.b(x)", "x = self.b(x) + x", "`x = x + self.b(x)` in Block.forward", "equal"),
     "another class": ("Block", "Layer", "in Block.forward of net.py", "equal"),

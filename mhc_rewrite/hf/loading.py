@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from mhc_rewrite.conversion.converted import sites_in_use
+from mhc_rewrite.conversion.install import is_converted
 from mhc_rewrite.errors import MHCError, SitesError
 from mhc_rewrite.hf.config_file import KEY, conversion_in, unmark
 from mhc_rewrite.lifecycle.saved_plan import SavedPlan, install_saved, renamed
@@ -149,9 +150,9 @@ def _finish(model: PreTrainedModel, info: dict[str, Any], path: Any) -> None:
         if any(f"{name}.{field}" in missing for field, _ in site.named_parameters()):
             site.reset_parameters()
         site.__dict__.pop("_extra_state", None)  # where transformers puts what it did not find
-    lost = [key.rpartition(".")[0] for key in info["unexpected_keys"] if _SITE_TENSOR.search(key)]
-    if lost:
-        names = sorted(set(lost))
+    lost = {key.rpartition(".")[0] for key in info["unexpected_keys"] if _SITE_TENSOR.search(key)}
+    if lost and not is_converted(model):  # one that is has those that it can have
+        names = sorted(lost)
         warnings.warn(
             f"{path!r} holds {len(names)} sites of mhc_rewrite that this {type(model).__name__} has no place for "
             f"({', '.join(names[:3])}, ...): they were left out, and it computes something else than the converted "

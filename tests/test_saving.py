@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import inspect
 import io
 import json
 import os
@@ -25,7 +24,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from conftest import define_torchvision_operators
 from family import output, seeded
 from mhc_rewrite import (
     HyperConnection,
@@ -48,8 +46,7 @@ ROOT = Path(__file__).parents[1]
 
 def in_a_fresh_process(script: str, *arguments: object) -> str:
     """What a script prints that knows nothing of this process."""
-    prelude = f"import sys, torch\n{textwrap.dedent(inspect.getsource(define_torchvision_operators))}\n"
-    prelude += "define_torchvision_operators()\n"
+    prelude = "import sys, torch\nfrom conftest import define_torchvision_operators as define\ndefine()\n"
     command = [sys.executable, "-W", "error::UserWarning:__main__", "-c", prelude + textwrap.dedent(script)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}

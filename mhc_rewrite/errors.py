@@ -42,6 +42,10 @@ class UnseenCallError(MHCError):
     """A converted module was called under `torch.compile` in a way that no eager call has shown it yet."""
 
 
+class SitesError(MHCError, ValueError):
+    """Saved sites can't be read, or do not fit the model that they are loaded into."""
+
+
 class StreamError(MHCError):
     """At run time a residual stream did not flow as it did when the model was converted."""
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.errors import SitesError
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.reference import Coefficients
-from mhc_rewrite.sites import recompute
+from mhc_rewrite.sites import options, recompute
 from mhc_rewrite.sites.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
 
@@ -75,6 +76,42 @@ class HyperConnection(KeepsPrecision):
         connection = CONNECTIONS[self.config.connection]
         start = connection.preserve if self.config.init == "preserve" else connection.paper
         start(self.phi, self.alpha, self.bias, self.config.n_streams, self.index)
+
+    @torch.no_grad()
+    def has_learned(self) -> bool:
+        """Whether the parameters are others than `reset_parameters` gives; those that it draws at random aside."""
+        if self.phi.is_meta:
+            return False
+        made: Any = {"index": self.index, "channel_dim": self.channel_dim, "device": "cpu", "dtype": self.phi.dtype}
+        with torch.random.fork_rng(devices=[]):
+            starts = [list(HyperConnection(self.width, self.config, **made).parameters()) for _ in range(2)]
+        mine = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.parameters()]
+        return any(torch.equal(a, b) and not torch.equal(a, p.cpu()) for a, b, p in zip(*starts, mine))
+
+    def options(self) -> dict[str, Any]:
+        """What decides, beside the parameters, which function the site computes."""
+        return {**self.config.function(), "channel_dim": self.channel_dim}
+
+    def get_extra_state(self) -> Tensor:
+        """The options, which go with the parameters in every state dict."""
+        return options.to_tensor(self.options(), self.phi.device)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Holds the options of weights that are being loaded against this site's.
+
+        Raises:
+            SitesError: they differ, so that the weights would compute another function here.
+        """
+        if state.is_meta:
+            return
+        theirs, mine = options.from_tensor(state), self.options()
+        other = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
+        if other:
+            said = [", ".join(f"{key}={given.get(key)!r}" for key in other) for given in (theirs, mine)]
+            raise SitesError(
+                f"These weights are of a site with {said[0]}, and HyperConnection({self.extra_repr()}) has {said[1]}: "
+                "with them it would compute another function. Convert the model with the options of the weights."
+            )
 
     def coefficients(self, streams: Tensor) -> Coefficients:
         """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the

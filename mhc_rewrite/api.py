@@ -87,8 +87,8 @@ def mhcify(
         for name in lost(model):
             kind = type(model.get_submodule(name)).__name__
             raise UnsupportedModelError(
-                f"{name or 'The model'!r} ({kind}) sets its forward anew when its mode changes, as graph modules with a "
-                "graph for each mode do, and would lose the conversion. Convert the model that it was made from, and "
+                f"{name or 'The model'!r} ({kind}) sets its forward anew when its mode changes, as graph modules with "
+                "a graph for each mode do, and would lose the conversion. Convert the model that it was made from, and "
                 "make it from that."
             )
         compared = verify(model, before, after, values=chosen.init == "preserve")

@@ -14,8 +14,8 @@ from mhc_rewrite.capture.call import describe
 from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse
-from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.converted import Conversion, find_converted, forget, remember, site_at, sites_in_use
+from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
 from mhc_rewrite.conversion.verify import observe, verify
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError

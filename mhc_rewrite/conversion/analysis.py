@@ -5,6 +5,7 @@ Nothing here changes the model.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import defaultdict
 from collections.abc import Callable
@@ -144,7 +145,9 @@ def analyse(
     _check_dtypes(plan)
     for more_args, more_kwargs in further_calls(model, args, kwargs):
         for mode in modes:
-            captures.collect(more_args, more_kwargs, mode.training)
+            # What the model does not take is no call that a user makes; a user's own of that kind is captured then.
+            with contextlib.suppress(Exception):
+                captures.collect(more_args, more_kwargs, mode.training)
     wiring = _wire(modes, streams, kept, repeated, captures.inlined)
     return Analysis(plan, wiring, captures, readers, may_end_early, {mode.training: mode.result for mode in modes})
 

@@ -1,7 +1,8 @@
 """Rewrites the residual streams of PyTorch models into manifold-constrained hyper-connections (arXiv:2512.24880)."""
 
-from mhc_rewrite.api import graphs, mhcify, parameter_groups, plan, report, unmhcify
+from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.lifecycle.optim import modules_to_save, parameter_groups
 from mhc_rewrite.lowering import compile
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
@@ -13,6 +14,7 @@ __all__ = [
     "compile",
     "graphs",
     "mhcify",
+    "modules_to_save",
     "parameter_groups",
     "plan",
     "report",

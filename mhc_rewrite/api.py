@@ -17,10 +17,10 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse
 from mhc_rewrite.conversion.install import install, is_converted, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
+from mhc_rewrite.conversion.notices import warn_of_what_came_before
 from mhc_rewrite.conversion.verify import observe, verify
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
 from mhc_rewrite.plans import ListedGraph, ResidualSite, RewritePlan, RewriteReport
-from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 _CONVERSION = "_mhc_conversion"
 
@@ -98,6 +98,7 @@ def mhcify(
         uninstall(model)
         raise
     model.__dict__[_CONVERSION] = Conversion(analysis.plan, compared)
+    warn_of_what_came_before(model)
     log.info("%s: %d sites in %d streams", type(model).__name__, len(analysis.plan.sites), len(analysis.plan.streams))
     return model
 
@@ -153,20 +154,6 @@ def graphs(model: nn.Module) -> list[ListedGraph]:
         (training, key, *_), variants = next(iter(role.carrier.variants.items()))
         listed.append(list_graph(name, type(module).__name__, describe(key, training), variants[0]))
     return listed
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups that keep weight decay off the sites: it would pull H_res away from the identity.
-
-    Returns:
-        Two groups, the model's own parameters with `weight_decay` and the sites' without.
-    """
-    sites = {id(p) for module in model.modules() if isinstance(module, HyperConnection) for p in module.parameters()}
-    own = [p for p in model.parameters() if id(p) not in sites]
-    return [
-        {"params": own, "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in sites], "weight_decay": 0.0},
-    ]
 
 
 def _analyse(

@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "mhc_rewrite"
 # From the top down; rooms of one line may not import each other.
 FLOORS = [
     {"cli"},
-    {"insight"},
+    {"hf", "insight"},
     {"__init__"},
+    {"lifecycle"},
     {"api"},
     {"lowering", "conversion"},
     {"passes"},

@@ -34,10 +34,6 @@ class CaptureError(MHCError):
     """A forward could not be captured as a graph."""
 
 
-class UnseenCallError(MHCError):
-    """A converted module was called under `torch.compile` in a way that no eager call has shown it yet."""
-
-
 class StreamError(MHCError):
     """At run time a residual stream did not flow as it did when the model was converted."""
 

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mhc_rewrite.capture.call import CallShape, describe, flatten
+from mhc_rewrite.capture.call import CallShape, describe, flatten, replace_leaves
 from mhc_rewrite.capture.trace import ModuleGraph
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import CarrierWiring
 from mhc_rewrite.conversion.captures import capture_forward, plain_attributes
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
-from mhc_rewrite.errors import StreamError, UnseenCallError
+from mhc_rewrite.errors import MHCError, StreamError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.plans import ResidualStream
 from mhc_rewrite.sites import recompute, streams
+from mhc_rewrite.torch_private import MadeWhileTracing, outside_graphs, while_tracing
 
 # Rewrites made so far, by captured graph and the streams that come in and go out: layers that are alike share them.
 Rewrites = dict[Any, tuple[Rewrite, Callable[..., Any], Callable[..., Any] | None]]
@@ -116,13 +117,20 @@ class CarrierRole:
     shape: CallShape
     scopes: dict[int, Scope]
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    traced: MadeWhileTracing = field(default_factory=MadeWhileTracing)  # variants of compiled code alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CarrierRole:
         # Functions take the module as an argument, so copies of a model share them.
-        return replace(self, scopes=copy.deepcopy(self.scopes, memo), variants=dict(self.variants))
+        return replace(
+            self, scopes=copy.deepcopy(self.scopes, memo), variants=dict(self.variants), traced=MadeWhileTracing()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": {}}  # generated code is captured again at the first call
+        return {
+            **self.__dict__,
+            "variants": {},
+            "traced": MadeWhileTracing(),
+        }  # generated code is captured again at the first call
 
     def call(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -203,11 +211,28 @@ class CarrierRole:
         arriving: tuple[int, ...], leaving: tuple[int, ...],
     ) -> Variant:  # fmt: skip
         """Captures a call that was not seen before, from this call's own arguments."""
-        if torch.compiler.is_compiling():
-            raise UnseenCallError(
-                f"{self.name or 'the model'!r} is called under torch.compile as {describe(key, module.training)}, "
-                "which no eager call has shown. Call the model once in this way without torch.compile first."
-            )
+        if torch.compiler.is_dynamo_compiling():
+            given = {name: replace_leaves(value, name, leaves) for name, value in bound.items()}
+            made = while_tracing(self.traced, _made, self, module, original, given, arriving, leaving)
+            if made is not None:
+                return made  # the compiled code's alone: what Dynamo has looked at must not change while it traces
+        elif torch.compiler.is_compiling():
+            return self.capture(module, original, bound, key, leaves, arriving, leaving)  # on fake tensors
+        return self.capture_and_add(module, original, bound, key, leaves, arriving, leaving)
+
+    @outside_graphs
+    def capture_and_add(
+        self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any, leaves: dict[str, Any],
+        arriving: tuple[int, ...], leaving: tuple[int, ...],
+    ) -> Variant:  # fmt: skip
+        variant = self.capture(module, original, bound, key, leaves, arriving, leaving)
+        self.variants.setdefault((module.training, key, arriving, leaving), []).append(variant)
+        return variant
+
+    def capture(
+        self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any, leaves: dict[str, Any],
+        arriving: tuple[int, ...], leaving: tuple[int, ...],
+    ) -> Variant:  # fmt: skip
         bound = dict(bound)
         for path, value in self.as_trunk(leaves, arriving, form_only=False).items():
             if value is not leaves[path]:
@@ -215,7 +240,7 @@ class CarrierRole:
         inlined = [module.get_submodule(path) for path in self.inlined]
         captured, residuals = capture_forward(module, self.name, bound, inlined, module.training, original)
         trunk = self.as_trunk(leaves, arriving, form_only=True)
-        return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
+        return self.make(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
 
     def as_trunk(self, leaves: dict[str, Any], arriving: tuple[int, ...], form_only: bool) -> dict[str, Any]:
         """The leaves with one tensor of the trunk's shape for each that came in as streams."""
@@ -228,6 +253,14 @@ class CarrierRole:
         return found
 
     def add(
+        self, module: nn.Module, training: bool, key: Any, leaves: dict[str, Any], captured: ModuleGraph,
+        residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
+    ) -> None:  # fmt: skip
+        """Keeps what `make` makes."""
+        made = self.make(module, training, key, leaves, captured, residuals, arriving, leaving, rewrites)
+        self.variants.setdefault((training, key, arriving, leaving), []).append(made)
+
+    def make(
         self, module: nn.Module, training: bool, key: Any, leaves: dict[str, Any], captured: ModuleGraph,
         residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
     ) -> Variant:  # fmt: skip
@@ -251,7 +284,7 @@ class CarrierRole:
             guards = compile_graph(guard_graph(captured), "guards") if captured.guards else None
             rewrites[like] = rewrite, compile_graph(rewrite.graph, type(module).__name__), guards
         rewrite, function, guards = rewrites[like]
-        variant = Variant(
+        return Variant(
             function=function,
             guards=guards,
             expected=tuple(guard.expected for guard in captured.guards),
@@ -264,8 +297,6 @@ class CarrierRole:
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
         )
-        self.variants.setdefault((training, key, arriving, leaving), []).append(variant)
-        return variant
 
 
 @dataclass
@@ -313,6 +344,18 @@ class Role:
                     if not torch.compiler.is_compiling():
                         recompute.forget()
         return result
+
+
+def _made(
+    role: CarrierRole, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any],
+    arriving: tuple[int, ...], leaving: tuple[int, ...],
+) -> Variant | None:  # fmt: skip
+    """What Dynamo's trace of an unseen call runs; None where an ordinary call has to show why it can't be captured."""
+    key, leaves = flatten(bound)
+    try:
+        return role.capture(module, original, bound, key, leaves, arriving, leaving)
+    except MHCError:
+        return None
 
 
 def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.lifecycle.optim import modules_to_save, parameter_groups
+from mhc_rewrite.lifecycle.portable import portable
 from mhc_rewrite.lowering import compile
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
@@ -17,6 +18,7 @@ __all__ = [
     "modules_to_save",
     "parameter_groups",
     "plan",
+    "portable",
     "report",
     "unmhcify",
 ]

@@ -99,7 +99,8 @@ def _call_now(context: Any) -> None:
         function, args = (stand_ins.of(scope.symbolic_locals[name]) for name in ("function", "args"))
         made = function(*args)
     except _NoStandIn as error:
-        warnings.warn(f"The graph breaks at a kind of call that is new to a converted module, since {error}.")
+        why = f"The graph breaks at a kind of call that is new to a converted module, since {error}."
+        warnings.warn(f"{why} Call the model once in this way without torch.compile first.", stacklevel=2)
     setattr(holder, f"_{len(holder.__dict__)}", made)
 
 

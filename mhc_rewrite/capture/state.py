@@ -35,4 +35,3 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             owner._buffers[name] = buffer
         for owner, plain in attributes:  # the mode among them
             owner.__dict__.update(plain)
-

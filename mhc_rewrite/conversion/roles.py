@@ -126,11 +126,8 @@ class CarrierRole:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "variants": {},
-            "traced": MadeWhileTracing(),
-        }  # generated code is captured again at the first call
+        # Generated code is captured again at the first call.
+        return {**self.__dict__, "variants": {}, "traced": MadeWhileTracing()}
 
     def call(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -16,6 +16,16 @@ from mhc_rewrite.sites.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
 
 
+class Portable:
+    """Whether sites call torch's own operators alone, for graphs that are to run where this package is not."""
+
+    on = False
+
+
+def _plain_torch() -> bool:
+    return Portable.on or torch.onnx.is_in_onnx_export() or inside_function_transform()
+
+
 class Mix(NamedTuple):
     """What `pre` hands to `post`: `post` (tokens, n), `res` (tokens, n, n); fp32, or fp64 in an fp64 model."""
 
@@ -115,14 +125,14 @@ class HyperConnection(KeepsPrecision):
 
     def post_collapse(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The mean of what `post` gives over its streams."""
-        if inside_function_transform():
+        if _plain_torch():
             return collapse(self.post(streams, branch, mix), self.channel_dim, "mean")
         y = self._operators().post_collapse(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
         # Cloned, as the trunk may be written to behind the streams, which autograd forbids on an operator's result.
         return self._as_given(y).clone(memory_format=torch.contiguous_format)
 
     def _operators(self) -> Any:
-        if inside_function_transform():
+        if _plain_torch():
             return reference
         length = self.config.recompute
         if length is None or torch.compiler.is_compiling():

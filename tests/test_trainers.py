@@ -32,7 +32,8 @@ from transformers import (
 
 import oracle
 from handmade.common import PreNorm, Stack, features
-from mhc_rewrite import HyperConnection, lowering, mhcify, modules_to_save, parameter_groups
+from mhc_rewrite import HyperConnection, lowering, mhcify, modules_to_save, parameter_groups, torch_private
+from mhc_rewrite.errors import StreamError
 from mhc_rewrite.hf import MHCTrainer
 
 SEES_CHECKPOINTS = importlib.util.find_spec("mhc_rewrite.capture.functions") is not None
@@ -314,6 +315,48 @@ def test_a_new_kind_of_call_compiles_whole(way: str, training: bool) -> None:
     for (name, one), other in zip(model.named_parameters(), eager.parameters()):
         assert torch.allclose(one.grad, other.grad, atol=1e-5), name
     assert torch.allclose(model(x, **kwargs), want, atol=1e-6), "and eager calls go on"
+
+
+def test_where_dynamo_has_no_value_the_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning, and once: the next compilation knows the call. A whole graph is refused with the way out."""
+
+    def no_value(self: Any, tracked: Any) -> Any:
+        raise torch_private._NoStandIn("this has no value")
+
+    monkeypatch.setattr(torch_private._StandIns, "_tensor", no_value)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = mhcify(Caller(), (torch.randn(2, 5, 16),)).eval(), torch.randn(2, 5, 16)
+    oracle.perturb(model)
+    want = copy.deepcopy(model)(x, scale=0.5)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call the model so once without torch\.compile"):
+        torch.compile(model, backend="eager", fullgraph=True)(x, scale=0.5)
+    with pytest.warns(UserWarning, match="graph breaks.*this has no value"):
+        assert torch.allclose(torch.compile(model, backend="eager")(x, scale=0.5), want, atol=1e-6)
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x, scale=0.5), want, atol=1e-6)
+
+
+class Optional(nn.Module):
+    """A layer whose second residual add the example does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        x = x + self.first(x).tanh()
+        return x + self.second(x).tanh() if twice else x
+
+
+def test_what_can_not_be_captured_says_so_in_compiled_code() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 5, 16)
+    model = mhcify(Stack(layers := [Optional() for _ in range(2)]), (x,))
+    assert len(layers) == 2
+    for layer in layers:
+        with pytest.raises(StreamError, match="runs residual adds that the example inputs did not"):
+            torch.compile(layer, backend="eager")(x, twice=True)
+    assert torch.isfinite(model(x)).all()
 
 
 @pytest.mark.parametrize("kwargs", ({}, {"use_cache": True}, {"labels": IDS, "num_items_in_batch": torch.tensor(9)}))

@@ -17,6 +17,7 @@ from mhc_rewrite.conversion.analysis import Analysis, analyse
 from mhc_rewrite.conversion.converted import Conversion, find_converted, forget, remember, site_at, sites_in_use
 from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
+from mhc_rewrite.conversion.notices import warn_of_what_came_before
 from mhc_rewrite.conversion.verify import observe, verify
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
 from mhc_rewrite.plans import ListedGraph, ResidualSite, RewritePlan, RewriteReport
@@ -96,6 +97,7 @@ def mhcify(
         uninstall(model)
         raise
     remember(model, Conversion(analysis.plan, analysis.carriers, compared))
+    warn_of_what_came_before(model)
     log.info("%s: %d sites in %d streams", type(model).__name__, len(analysis.plan.sites), len(analysis.plan.streams))
     return model
 
@@ -164,20 +166,6 @@ def graphs(model: nn.Module) -> list[ListedGraph]:
         (training, key, *_), variants = next(iter(role.carrier.variants.items()))
         listed.append(list_graph(name, type(module).__name__, describe(key, training), variants[0]))
     return listed
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups that keep weight decay off the sites: it would pull H_res away from the identity.
-
-    Returns:
-        Two groups, the model's own parameters with `weight_decay` and the sites' without.
-    """
-    sites = {id(p) for module in model.modules() if isinstance(module, HyperConnection) for p in module.parameters()}
-    own = [p for p in model.parameters() if id(p) not in sites]
-    return [
-        {"params": own, "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in sites], "weight_decay": 0.0},
-    ]
 
 
 def _analyse(

@@ -17,6 +17,16 @@ from mhc_rewrite.sites.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
 
 
+class Portable:
+    """Whether sites call torch's own operators alone, for graphs that are to run where this package is not."""
+
+    on = False
+
+
+def _plain_torch() -> bool:
+    return Portable.on or torch.onnx.is_in_onnx_export() or inside_function_transform()
+
+
 class Mix(NamedTuple):
     """What `pre` hands to `post`: `post` (tokens, n), `res` (tokens, n, n); fp32, or fp64 in an fp64 model."""
 
@@ -120,10 +130,25 @@ class HyperConnection(KeepsPrecision):
         raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
         return reference.coefficients(raw, alpha, bias, kind, iterations)
 
+    def forward(
+        self, streams: Tensor, branch: Tensor | None = None, h_post: Tensor | None = None, h_res: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """All that reads the parameters, for the hooks of whoever keeps them elsewhere: `pre` of the state alone,
+        `boundary` with what the site before hands over; u, H_post and H_res, behind the next state if there is one.
+        """
+        if branch is None:
+            u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams.dtype))
+            return self._as_given(u), post, res
+        operands = self._operands(torch.promote_types(streams.dtype, branch.dtype))
+        mixed, u, post, res, *_ = self._operators().boundary(
+            self._tokens_last(streams), self._branch(branch), h_post, h_res, *operands
+        )
+        return self._streams_as_given(mixed), self._as_given(u), post, res
+
     def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """What the block reads, in the dtype of `streams`, and the coefficients that `post` needs."""
-        u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams.dtype))
-        return self._as_given(u), Mix(post, res)
+        u, *mix = self(streams)
+        return u, Mix(*mix)
 
     def post(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The next state, in the wider of the dtypes of `streams` and `branch`."""
@@ -132,22 +157,19 @@ class HyperConnection(KeepsPrecision):
 
     def boundary(self, streams: Tensor, branch: Tensor, mix: Mix) -> tuple[Tensor, Tensor, Mix]:
         """The `post` of the site before, whose `mix` it is, and this site's `pre`: the next state, u and the mix."""
-        operands = self._operands(torch.promote_types(streams.dtype, branch.dtype))
-        mixed, u, post, res, *_ = self._operators().boundary(
-            self._tokens_last(streams), self._branch(branch), mix.post, mix.res, *operands
-        )
-        return self._streams_as_given(mixed), self._as_given(u), Mix(post, res)
+        mixed, u, *next_mix = self(streams, branch, *mix)
+        return mixed, u, Mix(*next_mix)
 
     def post_collapse(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The mean of what `post` gives over its streams."""
-        if inside_function_transform():
+        if _plain_torch():
             return collapse(self.post(streams, branch, mix), self.channel_dim, "mean")
         y = self._operators().post_collapse(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
         # Cloned, as the trunk may be written to behind the streams, which autograd forbids on an operator's result.
         return self._as_given(y).clone(memory_format=torch.contiguous_format)
 
     def _operators(self) -> Any:
-        if inside_function_transform():
+        if _plain_torch():
             return reference
         length = self.config.recompute
         if length is None or torch.compiler.is_compiling():

@@ -74,10 +74,12 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
     namespace = {
         **{name: _contents(base, name) for name in contents},
         "forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__, "_mhc_base": base, "_mhc_forward": forward, "register_full_backward_hook": full,
+        "__doc__": base.__doc__, "_mhc_base": base, "register_full_backward_hook": full,
         "register_full_backward_pre_hook": full_pre,
     }  # fmt: skip
-    return type(base.__name__, (base,), namespace)
+    made: Any = type(base.__name__, (base,), namespace)
+    made._mhc_forward = made.forward  # transformers wraps the forward of every subclass of a layer
+    return made
 
 
 def _contents(base: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.conversion.naming import CarrierWiring
-from mhc_rewrite.errors import CaptureError, MHCError, StreamError, UnsupportedModelError
+from mhc_rewrite.errors import MHCError, StreamError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
@@ -221,10 +221,10 @@ class CarrierRole:
             made = while_tracing(self.traced, _made, self, module, original, bound, arriving, leaving)
             if made is not None:  # the compiled code's alone: what Dynamo has looked at must not change while it traces
                 if not self.fits(made, module, leaves, arriving):  # asked in the trace, so that Dynamo guards it
-                    raise CaptureError(
-                        f"{self.name or 'the model'!r}, called as {describe(key, module.training)}, does something "
-                        "else under torch.compile than without: it asks torch.compiler.is_compiling. Change that.",
-                        self.name,
+                    raise UnsupportedModelError(
+                        f"{self.name or 'the model'!r}, called as {describe(key, module.training)}, is new under "
+                        "torch.compile and asks something there that has another answer while Dynamo traces, "
+                        "torch.compiler.is_dynamo_compiling say. Ask torch.compiler.is_compiling instead."
                     )
                 return made
         elif torch.compiler.is_compiling():

@@ -8,7 +8,7 @@
    A fraction is the time of a `copy_` that moves as many bytes as the operator must, over the operator's own time;
    both run in the same rounds, in turn, and medians are taken.
 
-Without a GPU the first part runs on the CPU, in short. This script has not run on a GPU yet.
+Without a GPU the first part runs on the CPU, in short.
 """
 
 from __future__ import annotations

@@ -234,9 +234,9 @@ class TestConverted:
             run("print", "nets.py:make", "--format", "json", "--stage", "diff", "--config", "depth=5").stdout
         )
         graphs = [graph for graph in data["graphs"] if graph["kind"] == "Block"]
-        modules = [["layers.0"], ["layers.1", "layers.2", "layers.3"], ["layers.4"]]
-        assert [graph["modules"] for graph in graphs] == modules  # the first expands, the last collapses
-        assert [graph["count"] for graph in graphs] == [1, 3, 1]
+        modules = [["layers.0"], ["layers.1", "layers.2", "layers.3", "layers.4"]]
+        assert [graph["modules"] for graph in graphs] == modules  # the first expands
+        assert [graph["count"] for graph in graphs] == [1, 4]
         assert {"spec": "nets.py:make", "model": "Net", "n_streams": 4, "stage": "diff"}.items() <= data.items()
         graph = graphs[1]
         add = next(node for node in graph["original"] if node["role"] == "residual add")

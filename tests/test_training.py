@@ -15,6 +15,7 @@ from handmade.common import PreNorm, Stack, features, tokens
 from handmade.forms import LayerScale, TrunkDropout
 from handmade.layers import GPT, torch_encoder
 from mhc_rewrite import mhcify, parameter_groups
+from mhc_rewrite.sites.state import streams_of
 
 STEPS = 50
 
@@ -32,7 +33,7 @@ def trained(prepare: Callable[[nn.Module], None] = lambda model: None) -> tuple[
     model = mhcify(GPT(layers=3).double(), (ids,), n_streams=4)
     prepare(model)
     states: list[Tensor] = []
-    model.layers[1].register_forward_hook(lambda module, inputs, output: states.append(output.detach()))
+    model.layers[1].register_forward_hook(lambda module, inputs, output: states.append(streams_of(output).detach()))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(STEPS):
@@ -41,7 +42,7 @@ def trained(prepare: Callable[[nn.Module], None] = lambda model: None) -> tuple[
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert all(state.shape == (4, 7, 4, 16) for state in states), "hooks see the streams (B, T, n, C)"
+    assert all(state.shape == (4, 7, 4, 16) for state in states), "the streams are (B, T, n, C)"
     return spread(states[0]), spread(states[-1]), losses
 
 

@@ -46,13 +46,11 @@ class Analysis:
         plan: the plan.
         carriers: wiring by carrier name.
         captures: the captured forwards, by kind of call.
-        results: what the model returned on the example, per mode.
     """
 
     plan: RewritePlan
     carriers: dict[str, CarrierWiring]
     captures: Captures
-    results: dict[bool, Any]
 
 
 def analyse(
@@ -107,7 +105,7 @@ def _way_out(error: CaptureError, planned: Callable[[tuple[str, ...]], Analysis]
 
 def _planned(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig,
-    filter_fn: Callable[[ResidualSite], bool] | None, runs: list[tuple[Recording, Any]], notes: list[str],
+    filter_fn: Callable[[ResidualSite], bool] | None, runs: list[Recording], notes: list[str],
 ) -> Analysis:  # fmt: skip
     """The analysis of recorded runs."""
     captures, modes = _capture_and_link(model, args, kwargs, config, runs)
@@ -143,14 +141,14 @@ def _planned(
             with contextlib.suppress(Exception):  # this model is not called so, or not on this device
                 captures.collect(more_args, more_kwargs, mode.training)
     wiring = wire(modes, streams, kept, repeated, captures)
-    return Analysis(plan, wiring, captures, {mode.training: mode.result for mode in modes})
+    return Analysis(plan, wiring, captures)
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Recording, Any]:
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Recording:
     with undisturbed(model):
         model.train(training)
         try:
-            return record(model, args, kwargs)
+            return record(model, args, kwargs)[0]
         except Exception as error:
             given = ", ".join([type(a).__name__ for a in args] + [f"{k}={type(v).__name__}" for k, v in kwargs.items()])
             raise ExampleInputsError(
@@ -165,15 +163,15 @@ def _capture_and_link(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     config: MHCConfig,
-    runs: list[tuple[Recording, Any]],
+    runs: list[Recording],
 ) -> tuple[Captures, list[Mode]]:
     """Captures the carriers and links their streams; a parent whose own code changes a trunk is captured with them."""
     parents: frozenset[str] = frozenset()
     while True:
-        chosen = [find_carriers(recording, config.min_sites, parents) for recording, _ in runs]
+        chosen = [find_carriers(recording, config.min_sites, parents) for recording in runs]
         names = [
             {recording.calls[carrier.call].name for carrier in carriers}
-            for (recording, _), (carriers, _) in zip(runs, chosen, strict=True)
+            for recording, (carriers, _) in zip(runs, chosen, strict=True)
         ]
         # What holds the adds in one mode is captured in the other too, or they could not be told to be the same.
         outer = {a for a in set().union(*names) for b in set().union(*names) if a != b and _inside(b, a)} - parents
@@ -181,15 +179,15 @@ def _capture_and_link(
             parents |= outer
             continue
         inlined: dict[str, set[str]] = {}
-        for (recording, _), (carriers, _) in zip(runs, chosen, strict=True):
+        for recording, (carriers, _) in zip(runs, chosen, strict=True):
             for carrier in carriers:
                 inlined.setdefault(recording.calls[carrier.call].name, set()).update(carrier.inlined)
         captures = Captures(model, inlined)
         modes = []
-        for training, (recording, result), (carriers, rejected) in zip((False, True), runs, chosen, strict=False):
+        for training, recording, (carriers, rejected) in zip((False, True), runs, chosen, strict=False):
             captures.collect(args, kwargs, training)
             calls = [recording.calls[carrier.call] for carrier in carriers]
-            modes.append(_link(recording, calls, captures, rejected, config, training, result))
+            modes.append(_link(recording, calls, captures, rejected, config, training))
         modes = _settle(modes, captures, config)
         further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
         if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):
@@ -218,10 +216,7 @@ def _settle(modes: list[Mode], captures: Captures, config: MHCConfig) -> list[Mo
             return modes
         settled |= now
         captures.settle(decided)
-        modes = [
-            _link(mode.recording, mode.chosen, captures, mode.rejected, config, mode.training, mode.result)
-            for mode in modes
-        ]
+        modes = [_link(mode.recording, mode.chosen, captures, mode.rejected, config, mode.training) for mode in modes]
 
 
 def _can_capture(
@@ -253,7 +248,7 @@ def _path(parent: str, name: str) -> list[str]:
 
 def _link(
     recording: Recording, chosen: list[ModuleCall], captures: Captures, rejections: list[Rejection], config: MHCConfig,
-    training: bool, result: Any,
+    training: bool,
 ) -> Mode:  # fmt: skip
     calls = []
     rejected = list(rejections)
@@ -269,7 +264,7 @@ def _link(
     streams, endings = link_streams(recording, calls)
     rejected += [r for residuals in found.values() for r in residuals.rejections]
     rejected += [ending.rejection for ending in endings]
-    return Mode(training, recording, chosen, rejections, calls, streams, rejected, endings, result)
+    return Mode(training, recording, chosen, rejections, calls, streams, rejected, endings)
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +52,6 @@ class Mode:
     streams: list[LinkedStream]
     rejections: list[Rejection]
     endings: list[Ending]
-    result: Any
 
 
 def name_sites(model: nn.Module, modes: list[Mode]) -> dict[SiteRef, ResidualSite]:

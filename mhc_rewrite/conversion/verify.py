@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import as_now
 from mhc_rewrite.capture.state import undisturbed
-from mhc_rewrite.errors import UnsupportedModelError
+from mhc_rewrite.errors import MHCError, UnsupportedModelError
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
 _SEED = 20251224
@@ -69,7 +69,11 @@ EVALUATION, TRAINING, WITHOUT_DROPOUT = "evaluation", "training", "training with
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
-    """What the model does on the example, in each mode."""
+    """What the model does on the example, in each mode.
+
+    Raises:
+        MHCError: a converted model refuses a call that its original takes.
+    """
     seen = {EVALUATION: _run(model, args, kwargs, training=False), TRAINING: _run(model, args, kwargs, training=True)}
     if seen[TRAINING].random:
         with _WithoutDropout() as left_out:
@@ -120,6 +124,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traini
         try:
             args, kwargs = as_now((args, kwargs))
             result = model(*args, **kwargs)
+        except MHCError:
+            raise  # it says itself what is wrong
         except Exception as error:
             run.failed = _said(error)
             return run

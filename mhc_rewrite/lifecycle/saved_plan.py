@@ -174,7 +174,7 @@ def install_saved(model: nn.Module, saved: SavedPlan) -> None:
         return place or (file, line)
 
     here = _with_lines(replace(saved, plan=replace(saved.plan, model=type(model).__name__)), absolute)
-    analysis = Analysis(here.plan, here.carriers, Captures(model, {}), {})
+    analysis = Analysis(here.plan, here.carriers, Captures(model, {}))
     install(model, analysis)
     note = "not compared: converted as a saved model was, without an example"
     remember(model, Conversion(here.plan, here.carriers, (note,)))

@@ -207,8 +207,8 @@ class CarrierRole:
             if variant.sizes is not None and variant.sizes != _sizes(trunk):
                 return False
             if variant.guards is not None:
-                found = tuple(variant.guards(module, *trunk.values(), *variant.constants))
-                return found == variant.expected
+                found = variant.guards(module, *trunk.values(), *variant.constants)
+                return all(_agrees(value, expected) for value, expected in zip(found, variant.expected, strict=True))
         return True
 
     def learn(
@@ -402,6 +402,13 @@ def _made(
         return role.capture(module, original, bound, leaves, arriving, leaving)
     except MHCError:
         return None
+
+
+def _agrees(value: Any, expected: Any) -> bool:
+    if isinstance(expected, bool):  # by a branch, which Dynamo guards where sizes are free; it compares no such bools
+        said = True if value else False
+        return said is expected
+    return bool(value == expected)
 
 
 def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:

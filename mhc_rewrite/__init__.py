@@ -1,20 +1,30 @@
 """Rewrites the residual streams of PyTorch models into manifold-constrained hyper-connections (arXiv:2512.24880)."""
 
-from mhc_rewrite.api import graphs, mhcify, parameter_groups, plan, report, unmhcify
+from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.conversion.install import is_converted
+from mhc_rewrite.lifecycle.optim import modules_to_save, parameter_groups
+from mhc_rewrite.lifecycle.portable import portable
+from mhc_rewrite.lifecycle.sites import load_sites, save_sites, site_parameters
 from mhc_rewrite.lowering import compile
 from mhc_rewrite.sites.hyper_connection import HyperConnection
-
-__version__ = "0.1.0"
+from mhc_rewrite.version import VERSION as __version__
 
 __all__ = [
     "HyperConnection",
     "MHCConfig",
+    "__version__",
     "compile",
     "graphs",
+    "is_converted",
+    "load_sites",
     "mhcify",
+    "modules_to_save",
     "parameter_groups",
     "plan",
+    "portable",
     "report",
+    "save_sites",
+    "site_parameters",
     "unmhcify",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +14,16 @@ from mhc_rewrite.capture.call import describe
 from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis, analyse
+from mhc_rewrite.conversion.converted import Conversion, find_converted, forget, remember, site_at, sites_in_use
 from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
+from mhc_rewrite.conversion.notices import warn_of_what_came_before
 from mhc_rewrite.conversion.verify import observe, verify
-from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, MHCError, UnsupportedModelError
+from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
 from mhc_rewrite.plans import ListedGraph, ResidualSite, RewritePlan, RewriteReport
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 
-_CONVERSION = "_mhc_conversion"
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a converted model knows of its conversion."""
-
-    plan: RewritePlan
-    compared: tuple[str, ...]
 
 
 def plan(
@@ -105,36 +96,49 @@ def mhcify(
     except BaseException:
         uninstall(model)
         raise
-    model.__dict__[_CONVERSION] = Conversion(analysis.plan, compared)
+    remember(model, Conversion(analysis.plan, analysis.carriers, compared))
+    warn_of_what_came_before(model)
     log.info("%s: %d sites in %d streams", type(model).__name__, len(analysis.plan.sites), len(analysis.plan.streams))
     return model
 
 
 def unmhcify(model: nn.Module) -> nn.Module:
-    """Gives the original model back, in place; the sites and what they learned are dropped.
+    """Gives the original model back, in place, inside whatever wraps it; the sites and what they learned are dropped.
+
+    A warning says so where they have learned something.
 
     Raises:
         MHCError: the model is not converted.
     """
-    _conversion(model)
-    uninstall(model)
-    del model.__dict__[_CONVERSION]
+    _, converted, _ = find_converted(model)
+    sites = list(sites_in_use(converted).values())
+    learned = [site for site in sites if site.has_learned()]
+    if learned:
+        count = sum(p.numel() for site in sites for p in site.parameters())
+        warnings.warn(
+            f"{len(learned)} of {len(sites)} sites of {type(converted).__name__} have learned: their {count:,} "
+            "parameters are dropped, and what comes back is the model's own weights with plain residuals. "
+            "mhc_rewrite.save_sites(model, folder) before unmhcify keeps them.",
+            stacklevel=2,
+        )
+    uninstall(converted)
+    forget(converted)
     return model
 
 
 def report(model: nn.Module) -> RewriteReport:
-    """What the conversion did, as data that prints as a table.
+    """What the conversion did, as data that prints as a table; looks inside wrappers.
 
     Raises:
         MHCError: the model is not converted.
     """
-    conversion = _conversion(model)
+    _, model, conversion = find_converted(model)
     made = conversion.plan
-    site_names = {site.name for site in made.sites}
-    own = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] not in site_names)
+    sites = {id(p) for module in model.modules() if isinstance(module, HyperConnection) for p in module.parameters()}
+    own = sum(p.numel() for p in model.parameters() if id(p) not in sites)
     added = tuple(
         sum(p.numel() for name in dict.fromkeys(s.name for s in stream.sites if not s.excluded)
-            for p in model.get_submodule(name).parameters())
+            for p in site_at(model, name).parameters())
         for stream in made.streams
     )  # fmt: skip
     calls = {
@@ -151,7 +155,8 @@ def graphs(model: nn.Module) -> list[ListedGraph]:
     Raises:
         MHCError: the model is not converted.
     """
-    made = _conversion(model).plan
+    _, model, conversion = find_converted(model)
+    made = conversion.plan
     listed = []
     for name in dict.fromkeys(site.carrier for stream in made.streams for site in stream.sites):
         module = model.get_submodule(name)
@@ -161,20 +166,6 @@ def graphs(model: nn.Module) -> list[ListedGraph]:
         (training, key, *_), variants = next(iter(role.carrier.variants.items()))
         listed.append(list_graph(name, type(module).__name__, describe(key, training), variants[0]))
     return listed
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups that keep weight decay off the sites: it would pull H_res away from the identity.
-
-    Returns:
-        Two groups, the model's own parameters with `weight_decay` and the sites' without.
-    """
-    sites = {id(p) for module in model.modules() if isinstance(module, HyperConnection) for p in module.parameters()}
-    own = [p for p in model.parameters() if id(p) not in sites]
-    return [
-        {"params": own, "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in sites], "weight_decay": 0.0},
-    ]
 
 
 def _analyse(
@@ -213,10 +204,3 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or 'The model'!r} is a {kind}: this model has hyper-connections of its own, so there is no "
                 "single residual stream to widen."
             )
-
-
-def _conversion(model: nn.Module) -> Conversion:
-    made: Conversion | None = model.__dict__.get(_CONVERSION)
-    if made is None:
-        raise MHCError(f"{type(model).__name__} is not converted; mhcify(model) does that.")
-    return made

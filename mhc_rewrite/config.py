@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from mhc_rewrite.connections import CONNECTIONS
@@ -14,6 +17,8 @@ from mhc_rewrite.kernels.kinds import MAX_STREAMS
 VERSION = 1
 INITS = ("preserve", "paper")
 COLLAPSES = ("mean", "sum")
+# Where a conversion starts, which sites it takes, what it keeps in memory: not what a site with given weights computes.
+_NO_FUNCTION = frozenset({"init", "include", "exclude", "min_sites", "recompute"})
 
 Recompute = int | Literal["auto"] | None
 
@@ -88,6 +93,10 @@ class MHCConfig:
         if value not in choices:
             raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
+    def function(self) -> dict[str, Any]:
+        """The options that decide what sites with given weights compute."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FUNCTION}
+
     def to_dict(self) -> dict[str, Any]:
         """The options as plain, JSON-ready data, with a `version`."""
         fields = dataclasses.asdict(self)
@@ -100,11 +109,30 @@ class MHCConfig:
         Raises:
             ConfigError: another version, or unknown fields.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"Options are a mapping of names to values, not {type(data).__name__}.")
         fields = dict(data)
         version = fields.pop("version", None)
         if version != VERSION:
             raise ConfigError(f"This is version {version!r} of the options; version {VERSION} is understood.")
         return cls.from_fields(fields)
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Writes the options to a JSON file."""
+        Path(file).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> MHCConfig:
+        """The options that `save` wrote.
+
+        Raises:
+            ConfigError: the file is not there, or holds no options of this version.
+        """
+        try:
+            data = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{os.fspath(file)!r} can't be read as options: {error}.") from error
+        return cls.from_dict(data)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> MHCConfig:

@@ -38,8 +38,8 @@ class CaptureError(MHCError):
         self.module = module
 
 
-class UnseenCallError(MHCError):
-    """A converted module was called under `torch.compile` in a way that no eager call has shown it yet."""
+class SitesError(MHCError, ValueError):
+    """Saved sites can't be read, or do not fit the model that they are loaded into."""
 
 
 class StreamError(MHCError):

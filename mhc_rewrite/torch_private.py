@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import variables
+from torch._dynamo.comptime import comptime
 
 
 class KeepsPrecision(nn.Module):
@@ -46,14 +50,6 @@ def without_hooks(*roots: nn.Module) -> Iterator[None]:
             setattr(child, name, hooks)
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module's calls go through torch.compile: wrapped by it, or compiled in place by `Module.compile`.
-
-    Neither says so in public. Should the names go, such a model is compiled while it is analysed: right, and slow.
-    """
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def decompose_in_compiled_graphs(
     operator: torch.library.CustomOpDef, body: Callable[..., Any], *, unless: Callable[..., bool]
 ) -> None:
@@ -83,6 +79,96 @@ def never_an_input_of_graphs(kind: type[Tensor]) -> None:
     from torch._dynamo import config
 
     config.nontraceable_tensor_subclasses.add(kind)
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, where Dynamo's graph breaks: it is run, and not traced."""
+    why = "a converted module sees this kind of call for the first time; call the model so once without torch.compile"
+    return torch.compiler.disable(function, reason=why)
+
+
+class MadeWhileTracing:
+    """Holds what was made while Dynamo traced, as attributes: unlike a dict's items, these may come in the meantime."""
+
+
+def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, called once, when Dynamo traces this; the compiled code finds the result in `holder`.
+
+    Tensors are zeros of their form there (booleans True), other objects as they have become in the trace. None where
+    that can't be had. `torch._dynamo.comptime` is how Dynamo runs code of others while it traces; the values that it
+    has then (VariableTracker) are its own business. Should they go, None is right: the graph breaks in that place.
+    """
+    comptime(_call_now)
+    return getattr(holder, _name_of_last(holder))
+
+
+def _call_now(context: Any) -> None:
+    scope = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    stand_ins = _StandIns(scope.output.side_effects)
+    holder = stand_ins.of(scope.symbolic_locals["holder"])
+    made = None
+    try:
+        function, args = (stand_ins.of(scope.symbolic_locals[name]) for name in ("function", "args"))
+        made = function(*args)
+    except _NoStandIn as error:
+        why = f"The graph breaks at a kind of call that is new to a converted module, since {error}."
+        warnings.warn(f"{why} Call the model once in this way without torch.compile first.", stacklevel=2)
+    setattr(holder, f"_{len(holder.__dict__)}", made)
+
+
+@torch.compiler.assume_constant_result
+def _name_of_last(holder: MadeWhileTracing) -> str:
+    return list(holder.__dict__)[-1]
+
+
+class _NoStandIn(Exception):
+    pass
+
+
+class _StandIns:
+    """Python values for what Dynamo tracks."""
+
+    def __init__(self, side_effects: Any) -> None:
+        self.side_effects = side_effects
+        self.made: dict[int, Any] = {}
+
+    def of(self, tracked: Any) -> Any:
+        tracked = tracked.realize()
+        if id(tracked) not in self.made:
+            self.made[id(tracked)] = self._make(tracked)
+        return self.made[id(tracked)]
+
+    def _make(self, tracked: Any) -> Any:
+        if tracked.is_tensor():
+            return self._tensor(tracked.as_proxy().node.meta["example_value"])
+        if isinstance(tracked, variables.SymNodeVariable):
+            return tracked.sym_num.node.hint
+        if isinstance(tracked, variables.ConstDictVariable):
+            return {key.vt.as_python_constant(): self.of(value) for key, value in tracked.items.items()}
+        if isinstance(tracked, variables.BaseListVariable) and not isinstance(tracked, variables.RangeVariable):
+            return tracked.python_type()(self.of(item) for item in tracked.items)
+        if isinstance(tracked, variables.UserDefinedObjectVariable):
+            return self._object(tracked)
+        try:
+            return tracked.as_python_constant()
+        except NotImplementedError as error:
+            raise _NoStandIn(f"{type(tracked).__name__} has no value while it is traced") from error
+
+    @staticmethod
+    def _tensor(fake: Tensor) -> Tensor:
+        sizes = [size if isinstance(size, int) else size.node.hint for size in fake.shape]
+        fill = torch.ones if fake.dtype == torch.bool else torch.zeros
+        return fill(sizes, dtype=fake.dtype, device=fake.device)
+
+    def _object(self, tracked: Any) -> Any:
+        """As the trace has left it: a copy where it was changed, the object itself otherwise."""
+        changes = self.side_effects.store_attr_mutations.get(tracked, {})
+        if isinstance(tracked.value, nn.Module) or not self.side_effects.is_modified(tracked):
+            return tracked.value
+        made = self.made[id(tracked)] = copy.copy(tracked.value)
+        for name, value in changes.items():
+            object.__setattr__(made, name, self.of(value))
+        return made
 
 
 def inside_function_transform() -> bool:

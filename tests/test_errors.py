@@ -188,20 +188,10 @@ def test_not_converted(function: Callable[[nn.Module], Any]) -> None:
 
 
 def test_unseen_call_under_compile() -> None:
-    """The text reaches the user, and does what it says."""
+    """It is captured while the model is compiled."""
     model = mhcify(Stack(Flagged(), Flagged()).eval(), features())
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(*features()), model(*features()), atol=1e-6)
-    with pytest.raises(Exception) as caught:
-        compiled(*features(), twice=True)
-    assert "UnseenCallError" in str(caught.value)
-    for text in (
-        "'layers.0'",
-        "eval(twice=True, x)",
-        "torch.compile",
-        "Call the model once in this way without torch.compile",
-    ):
-        assert text in str(caught.value)
     want = model(*features(), twice=True)
     assert torch.allclose(compiled(*features(), twice=True), want, atol=1e-6)
     assert not torch.allclose(model(*features()), want, atol=1e-2)

@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "mhc_rewrite"
 # From the top down; rooms of one line may not import each other.
 FLOORS = [
     {"cli"},
-    {"insight"},
+    {"hf", "insight"},
     {"__init__"},
+    {"lifecycle"},
     {"api"},
     {"lowering", "conversion"},
     {"passes"},
@@ -22,7 +23,7 @@ FLOORS = [
     {"config"},
     {"connections"},
     {"kernels"},
-    {"printing", "errors", "torch_private"},
+    {"printing", "errors", "torch_private", "version"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

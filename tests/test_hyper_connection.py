@@ -206,7 +206,7 @@ def test_shapes(form: Form) -> None:
         "alpha": (3,),
         "bias": (n * n + 2 * n,),
     }
-    assert list(site.state_dict()) == ["phi", "alpha", "bias"] and not list(site.children())
+    assert list(site.state_dict()) == ["phi", "alpha", "bias", "_extra_state"] and not list(site.children())
     u, mix = site.pre(X)
     per_token = (*LEADING[form.channel_dim], *BEHIND[form.channel_dim])
     assert u.shape == y.shape and mix.post.shape == (*per_token, n) and mix.res.shape == (*per_token, n, n)

@@ -32,6 +32,7 @@ QUESTIONS: dict[Callable[..., Any], tuple[tuple[Any, ...], ...]] = {
     torch.get_num_threads: ((),),
     torch.initial_seed: ((),),
     torch.compiler.is_compiling: ((),),
+    torch.compiler.is_dynamo_compiling: ((),),
 }
 ASKED = {getattr(function, "__code__", function): function for function in QUESTIONS}
 # What reads or sets the state of torch's random numbers, which a graph would not repeat.

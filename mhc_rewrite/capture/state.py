@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from mhc_rewrite.errors import CaptureError
-from mhc_rewrite.torch_private import is_compiled
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -111,26 +110,23 @@ def undisturbed(*roots: nn.Module) -> Iterator[None]:
 def _put_back(roots: tuple[nn.Module, ...]) -> Iterator[None]:
     modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
     devices = sorted({t.device.index for root in roots for t in root.parameters() if t.device.type == "cuda"})
-    buffers = [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.detach().clone() for _, _, b in buffers}
     attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in modules]
     random_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None
+    for owner, name, buffer in buffers:  # writing them back would move their versions, and autograd may have kept them
+        owner._buffers[name] = copies[id(buffer)]
     try:
-        with contextlib.ExitStack() as stack:
-            if any(is_compiled(part) for part in modules):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.random.fork_rng(devices=devices))
-            stack.enter_context(torch.no_grad())
+        # What the model has compiled itself, or does on its own (flex_attention), would be compiled with what looks on.
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         random.setstate(random_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
-        for owner, name, buffer, value in buffers:
-            if not buffer.is_meta:
-                with torch.no_grad():
-                    buffer.copy_(value)
+        for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
         for owner, plain in attributes:  # the mode among them
             owner.__dict__.update(plain)

@@ -179,7 +179,7 @@ class ModuleTracer(fx.Tracer):
                 why = "it runs a transform of torch.func (vmap, grad and the like), which a graph can't hold"
                 self.refuse(why, source)
             where = vocabulary.EXITS.get(target if isinstance(target, str) else getattr(target, "__name__", ""))
-            if where is not None and type(args[0]) is TracedTensor:
+            if where is not None and type(args[0]) in TRACED and isinstance(args[0].value, Tensor):
                 self.refuse(f"it hands a tensor over to {where}, where a graph can't follow", source)
             value, facts = self._shadow(kind, target, args, kwargs)
             if kind != "call_module":

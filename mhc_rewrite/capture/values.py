@@ -107,7 +107,13 @@ class TracedTensor(_Python, Tensor):  # type: ignore[misc]
     @staticmethod
     def of(node: fx.Node, tracer: ModuleTracer, value: Tensor) -> TracedTensor:
         with torch._C.DisableTorchFunctionSubclass():
-            traced: TracedTensor = value.detach().as_subclass(TracedTensor)
+            other = value.detach()
+            traced: TracedTensor = (
+                other.as_subclass(TracedTensor) if type(other) is Tensor else
+                Tensor._make_wrapper_subclass(
+                    TracedShell, other.shape, dtype=other.dtype, device=other.device, layout=other.layout
+                )
+            )  # fmt: skip
         traced.node, traced.tracer, traced.value = node, tracer, value
         return traced
 
@@ -121,7 +127,17 @@ class TracedTensor(_Python, Tensor):  # type: ignore[misc]
         return traced.tracer.outside(func, args, kwargs)
 
 
-TRACED = (TracedTensor, TracedValue)
+class TracedShell(TracedTensor):
+    """Of a tensor of a class that has no memory to name: a fake one, while somebody exports."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{func} below Python, on a tensor that has no memory")
+
+
+TRACED = (TracedTensor, TracedShell, TracedValue)
 
 
 def _magic(name: str, reflected: bool = False) -> Callable[..., Any]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +22,7 @@ from mhc_rewrite.capture.call import CallShape
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
+from mhc_rewrite.conversion.converted import called_site
 from mhc_rewrite.conversion.hooks import OnTheTrunk, adapt, give_back
 from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
@@ -95,7 +98,19 @@ def _contents(base: Any, name: str) -> Any:
 
 def _rebuild(base: Any, hides_sites: bool) -> nn.Module:
     cls = converted_class(base, hides_sites)
+    _tell_transformers([base])
     return cls.__new__(cls)
+
+
+def _tell_transformers(kinds: Iterable[type]) -> None:
+    """Lets transformers know that there are converted models, if any of these classes is of one of its models.
+
+    Its own `save_pretrained` would write a folder that loads as the original, without a word. What teaches it better is
+    above this room and imports transformers: hence by name, and only where transformers is there already.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and any(issubclass(kind, modeling.PreTrainedModel) for kind in kinds):
+        importlib.import_module("mhc_rewrite.hf")
 
 
 def role_of(module: nn.Module) -> Role | None:
@@ -142,6 +157,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
             kind: Any = type(module)
             module.__class__ = converted_class(kind, _contains_a_site(module))
             adapt(module)
+        _tell_transformers(map(type, model.modules()))
     except BaseException:
         _restore(model)
         for holder, name in added:
@@ -153,8 +169,9 @@ def uninstall(model: nn.Module) -> None:
     """Takes sites and roles out again."""
     _restore(model)
     for module in model.modules():
-        for name in [name for name, child in module._modules.items() if isinstance(child, HyperConnection)]:
-            if name.startswith("mhc_"):
+        for name, child in list(module._modules.items()):
+            # A wrapper may stand around a site (PEFT's modules_to_save): it goes with it.
+            if name.startswith("mhc_") and child is not None and called_site(child) is not None:
                 del module._modules[name]
 
 

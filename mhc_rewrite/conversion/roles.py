@@ -24,12 +24,13 @@ from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.conversion.naming import CarrierWiring
-from mhc_rewrite.errors import StreamError, UnseenCallError, UnsupportedModelError
+from mhc_rewrite.errors import MHCError, StreamError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.sites import recompute, streams
 from mhc_rewrite.sites.state import StreamState, is_state, plain, state, streams_of
+from mhc_rewrite.torch_private import MadeWhileTracing, outside_graphs, while_tracing
 
 # Variants that differ in nothing but what their Python read: so many are kept.
 _KEPT = 8
@@ -77,6 +78,7 @@ class CarrierRole:
     shape: CallShape
     channel_dims: dict[int, int]
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    traced: MadeWhileTracing = field(default_factory=MadeWhileTracing)  # variants of compiled code alone
     places_in: Places = field(default_factory=dict)
     places_out: Places = field(default_factory=dict)
 
@@ -87,10 +89,11 @@ class CarrierRole:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CarrierRole:
         # Functions take the module as an argument, so copies of a model share them.
-        return replace(self, variants={key: list(variants) for key, variants in self.variants.items()})
+        return replace(self, variants={key: list(v) for key, v in self.variants.items()}, traced=MadeWhileTracing())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": {}}  # generated code is captured again at the first call
+        # Generated code is captured again at the first call.
+        return {**self.__dict__, "variants": {}, "traced": MadeWhileTracing()}
 
     def call(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -189,43 +192,72 @@ class CarrierRole:
         self, module: nn.Module, key: Any, leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...]
     ) -> Variant | None:
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
-            if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
-                continue
-            if not holds(module, variant.captured.reads) or not _has_dtypes(module, variant.captured.parameter_dtypes):
-                continue
-            if variant.guards is not None or variant.sizes is not None:
-                trunk = self.as_trunk(leaves, arriving, streams.one_stream)
-                if variant.sizes is not None and variant.sizes != _sizes(trunk):
-                    continue
-                if variant.guards is not None:
-                    found = tuple(variant.guards(module, *trunk.values(), *variant.constants))
-                    if found != variant.expected:
-                        continue
-            return variant
+            if self.fits(variant, module, leaves, arriving):
+                return variant
         return None
+
+    def fits(self, variant: Variant, module: nn.Module, leaves: dict[str, Any], arriving: tuple[int, ...]) -> bool:
+        """Whether a variant for this kind of call holds for this one."""
+        if variant.dtypes is not None and variant.dtypes != _dtypes(leaves):
+            return False
+        if not holds(module, variant.captured.reads) or not _has_dtypes(module, variant.captured.parameter_dtypes):
+            return False
+        if variant.guards is not None or variant.sizes is not None:
+            trunk = self.as_trunk(leaves, arriving, streams.one_stream)
+            if variant.sizes is not None and variant.sizes != _sizes(trunk):
+                return False
+            if variant.guards is not None:
+                found = variant.guards(module, *trunk.values(), *variant.constants)
+                return all(_agrees(value, expected) for value, expected in zip(found, variant.expected, strict=True))
+        return True
 
     def learn(
         self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any, leaves: dict[str, Any],
         arriving: tuple[int, ...], leaving: tuple[int, ...],
     ) -> Variant:  # fmt: skip
         """Captures a call that was not seen before, from this call's own arguments."""
-        if torch.compiler.is_compiling():
-            raise UnseenCallError(
-                f"{self.name or 'the model'!r} is called under torch.compile as {describe(key, module.training)}, "
-                "which no eager call has shown. Call the model once in this way without torch.compile first."
-            )
+        if torch.compiler.is_dynamo_compiling():
+            bound = {name: replace_leaves(value, name, leaves) for name, value in bound.items()}
+            made = while_tracing(self.traced, _made, self, module, original, bound, arriving, leaving)
+            if made is not None:  # the compiled code's alone: what Dynamo has looked at must not change while it traces
+                if not self.fits(made, module, leaves, arriving):  # asked in the trace, so that Dynamo guards it
+                    raise UnsupportedModelError(
+                        f"{self.name or 'the model'!r}, called as {describe(key, module.training)}, is new under "
+                        "torch.compile and asks something there that has another answer while Dynamo traces, "
+                        "torch.compiler.is_dynamo_compiling say. Ask torch.compiler.is_compiling instead."
+                    )
+                return made
+        elif torch.compiler.is_compiling():
+            return self.capture(module, original, bound, leaves, arriving, leaving)  # on fake tensors
+        return self.capture_and_add(module, original, bound, key, leaves, arriving, leaving)
+
+    @outside_graphs
+    def capture_and_add(
+        self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any, leaves: dict[str, Any],
+        arriving: tuple[int, ...], leaving: tuple[int, ...],
+    ) -> Variant:  # fmt: skip
         with alone():
             known = self.find(module, key, leaves, arriving, leaving)
             if known is not None:  # another thread was faster
                 return known
+            made = self.capture(module, original, bound, leaves, arriving, leaving)
+            self.keep(made, (module.training, key, arriving, leaving))
+            return made
+
+    def capture(
+        self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], leaves: dict[str, Any],
+        arriving: tuple[int, ...], leaving: tuple[int, ...],
+    ) -> Variant:  # fmt: skip
+        with alone():
             read = self.as_trunk(leaves, arriving, streams.read_mean)
             bound = {name: replace_leaves(value, name, read) for name, value in bound.items()}
             inlined = [module.get_submodule(path) for path in self.inlined]
             captured, residuals = capture_forward(
                 module, self.name, bound, inlined, module.training, original, self.wiring.known
             )
+            key, _ = flatten(bound)
             trunk = self.as_trunk(leaves, arriving, streams.one_stream)
-            return self.add(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
+            return self.make(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})
 
     def unknown(self, residuals: Residuals) -> list[FoundSite]:
         """The adds that the example did not show, but for further ones on a trunk that was left alone."""
@@ -247,6 +279,22 @@ class CarrierRole:
         return found
 
     def add(
+        self, module: nn.Module, training: bool, key: Any, leaves: dict[str, Any], captured: ModuleGraph,
+        residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
+    ) -> None:  # fmt: skip
+        """Keeps what `make` makes."""
+        made = self.make(module, training, key, leaves, captured, residuals, arriving, leaving, rewrites)
+        self.keep(made, (training, key, arriving, leaving))
+
+    def keep(self, made: Variant, kind: Any) -> None:
+        """Keeps a variant for later calls of its kind."""
+        known = self.variants.setdefault(kind, [])
+        known.append(made)
+        alike = [other for other in known if other.differs_in_reads(made)]
+        if len(alike) > _KEPT:  # a number that changes at every call, a schedule's say, may not fill the memory
+            known.remove(alike[0])
+
+    def make(
         self, module: nn.Module, training: bool, key: Any, leaves: dict[str, Any], captured: ModuleGraph,
         residuals: Residuals, arriving: tuple[int, ...], leaving: tuple[int, ...], rewrites: Rewrites,
     ) -> Variant:  # fmt: skip
@@ -276,7 +324,7 @@ class CarrierRole:
             place = len(end.meta["shape"]), trunk.sites[-1].channel_dim
             self.places_out.update(dict.fromkeys(trunk.sinks, place))
         rewrite, function, guards = rewrites[like]
-        variant = Variant(
+        return Variant(
             function=function,
             guards=guards,
             expected=tuple(guard.expected for guard in captured.guards),
@@ -287,12 +335,6 @@ class CarrierRole:
             rewrite=rewrite,
             sites=tuple(s for trunk in residuals.trunks for s in trunk.sites if s.key in self.wiring.targets),
         )
-        known = self.variants.setdefault((training, key, arriving, leaving), [])
-        known.append(variant)
-        alike = [other for other in known if other.differs_in_reads(variant)]
-        if len(alike) > _KEPT:  # a number that changes at every call, a schedule's say, may not fill the memory
-            known.remove(alike[0])
-        return variant
 
     def outgoing(self, residuals: Residuals, leaving: tuple[int, ...]) -> tuple[frozenset[int], frozenset[int]]:
         """The streams that go out as streams, and those of which only the end goes out.
@@ -348,6 +390,25 @@ class Role:
         if not self.name and any(isinstance(leaf, StreamState) for leaf in tree_leaves(result)):
             return tree_map(plain, result)
         return result
+
+
+def _made(
+    role: CarrierRole, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any],
+    arriving: tuple[int, ...], leaving: tuple[int, ...],
+) -> Variant | None:  # fmt: skip
+    """What Dynamo's trace of an unseen call runs; None where an ordinary call has to show why it can't be captured."""
+    _, leaves = flatten(bound)
+    try:
+        return role.capture(module, original, bound, leaves, arriving, leaving)
+    except MHCError:
+        return None
+
+
+def _agrees(value: Any, expected: Any) -> bool:
+    if isinstance(expected, bool):  # by a branch, which Dynamo guards where sizes are free; it compares no such bools
+        said = True if value else False
+        return said is expected
+    return bool(value == expected)
 
 
 def _dtypes(leaves: dict[str, Any]) -> tuple[Any, ...]:

@@ -225,7 +225,7 @@ def _step(
 
     try:
         with torch.no_grad():
-            call(model)  # torch.compile runs a converted model only as an eager call has shown it
+            call(model)  # what is wrong with the inputs is clearer without torch.compile
     except MHCError:
         raise
     except Exception as error:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
+from mhc_rewrite.kernels.checks import on_one_device
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 
 Outputs = tuple[Tensor, ...]
@@ -156,7 +157,7 @@ def _declare(name: str, arguments: str, results: int, shapes: Callable[..., Tens
     torch.library.define(
         f"mhc_rewrite_cpu::{name}", f"({arguments}) -> {made}", tags=torch.Tag.needs_contiguous_strides
     )
-    torch.library.register_fake(f"mhc_rewrite_cpu::{name}", shapes)
+    torch.library.register_fake(f"mhc_rewrite_cpu::{name}", on_one_device(arguments, shapes))
 
     def load_and_call(*args: Any) -> Any:
         if not available():

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
 from mhc_rewrite.kernels import aten, cpu, gpu
+from mhc_rewrite.kernels.checks import on_one_device
 from mhc_rewrite.kernels.kinds import KINDS, MAX_STREAMS, streams_of
 from mhc_rewrite.torch_private import decompose_in_compiled_graphs
 
@@ -292,8 +293,9 @@ def _define(
 
     schema = f"({arguments}{', str code' * in_graphs}) -> " + ("Tensor" if results == 1 else _tensors(results))
     name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
+    run = on_one_device(arguments, run)
     operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
-    operator.register_fake(shapes)
+    operator.register_fake(on_one_device(arguments, shapes))
     decompose_in_compiled_graphs(operator, run, unless=whole)
     return operator
 
@@ -333,22 +335,27 @@ boundary_backward = _define(
     _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8,
 )  # fmt: skip
 
+
 # Never decomposed: this is what keeps the iterations out of compiled graphs. aten.py calls it from the bodies above,
 # below autograd, so that a gradient formula would never be used.
-sinkhorn = torch.library.custom_op(
-    "mhc_rewrite::sinkhorn",
-    aten.sinkhorn,
-    mutates_args=(),
-    schema="(Tensor logits, int iterations, float eps) -> Tensor",
-)
-sinkhorn.register_fake(lambda logits, iterations, eps: torch.empty_like(logits, memory_format=torch.contiguous_format))
-sinkhorn_backward = torch.library.custom_op(
-    "mhc_rewrite::sinkhorn_backward", aten.sinkhorn_backward, mutates_args=(),
-    schema="(Tensor g_res, Tensor logits, int iterations, float eps) -> Tensor",
-)  # fmt: skip
-sinkhorn_backward.register_fake(
-    lambda g_res, logits, iterations, eps: torch.empty_like(logits, memory_format=torch.contiguous_format)
-)
+def _define_whole(arguments: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    operator = torch.library.custom_op(
+        f"mhc_rewrite::{body.__name__}",
+        on_one_device(arguments, body),
+        mutates_args=(),
+        schema=f"({arguments}) -> Tensor",
+    )
+    operator.register_fake(on_one_device(arguments, fake))
+    return operator
+
+
+def _like_logits(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+_LOGITS = "Tensor logits, int iterations, float eps"
+sinkhorn = _define_whole(_LOGITS, aten.sinkhorn, _like_logits)
+sinkhorn_backward = _define_whole(f"Tensor g_res, {_LOGITS}", aten.sinkhorn_backward, _like_logits)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------

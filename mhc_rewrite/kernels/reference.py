@@ -86,7 +86,7 @@ def project(streams: Tensor, phi: Tensor, kind: str, eps_norm: float) -> tuple[T
 def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
     """H_pre, H_post and H_res from raw (..., n^2 + 2n), alpha (3,) and bias (n^2 + 2n,) [17, 18, 19]."""
     n, rules = streams_of(raw.shape[-1]), KINDS[kind]
-    scale = alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device), output_size=n * n + 2 * n)
+    scale = torch.cat([a.expand(size) for a, size in zip(alpha.unsqueeze(-1).unbind(), (n, n, n * n))])
     if not rules.constrained:
         return split(bias + scale * torch.tanh(raw), n)
     pre, post, res = split(scale * raw + bias, n)

@@ -9,11 +9,22 @@ from torch import Tensor, nn
 
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.errors import SitesError
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.reference import Coefficients
-from mhc_rewrite.sites import recompute
+from mhc_rewrite.sites import options, recompute
 from mhc_rewrite.sites.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
+
+
+class Portable:
+    """Whether sites call torch's own operators alone, for graphs that are to run where this package is not."""
+
+    on = False
+
+
+def _plain_torch() -> bool:
+    return Portable.on or torch.onnx.is_in_onnx_export() or inside_function_transform()
 
 
 class Mix(NamedTuple):
@@ -76,6 +87,42 @@ class HyperConnection(KeepsPrecision):
         start = connection.preserve if self.config.init == "preserve" else connection.paper
         start(self.phi, self.alpha, self.bias, self.config.n_streams, self.index)
 
+    @torch.no_grad()
+    def has_learned(self) -> bool:
+        """Whether the parameters are others than `reset_parameters` gives; those that it draws at random aside."""
+        if self.phi.is_meta:
+            return False
+        made: Any = {"index": self.index, "channel_dim": self.channel_dim, "device": "cpu", "dtype": self.phi.dtype}
+        with torch.random.fork_rng(devices=[]):
+            starts = [list(HyperConnection(self.width, self.config, **made).parameters()) for _ in range(2)]
+        mine = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.parameters()]
+        return any(torch.equal(a, b) and not torch.equal(a, p.cpu()) for a, b, p in zip(*starts, mine))
+
+    def options(self) -> dict[str, Any]:
+        """What decides, beside the parameters, which function the site computes."""
+        return {**self.config.function(), "channel_dim": self.channel_dim}
+
+    def get_extra_state(self) -> Tensor:
+        """The options, which go with the parameters in every state dict."""
+        return options.to_tensor(self.options(), self.phi.device)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Holds the options of weights that are being loaded against this site's.
+
+        Raises:
+            SitesError: they differ, so that the weights would compute another function here.
+        """
+        if state.is_meta:
+            return
+        theirs, mine = options.from_tensor(state), self.options()
+        other = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
+        if other:
+            said = [", ".join(f"{key}={given.get(key)!r}" for key in other) for given in (theirs, mine)]
+            raise SitesError(
+                f"These weights are of a site with {said[0]}, and HyperConnection({self.extra_repr()}) has {said[1]}: "
+                "with them it would compute another function. Convert the model with the options of the weights."
+            )
+
     def coefficients(self, streams: Tensor) -> Coefficients:
         """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the
         reference: for a look at a trained site, not for training it."""
@@ -83,10 +130,25 @@ class HyperConnection(KeepsPrecision):
         raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
         return reference.coefficients(raw, alpha, bias, kind, iterations)
 
+    def forward(
+        self, streams: Tensor, branch: Tensor | None = None, h_post: Tensor | None = None, h_res: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """All that reads the parameters, for the hooks of whoever keeps them elsewhere: `pre` of the state alone,
+        `boundary` with what the site before hands over; u, H_post and H_res, behind the next state if there is one.
+        """
+        if branch is None:
+            u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams.dtype))
+            return self._as_given(u), post, res
+        operands = self._operands(torch.promote_types(streams.dtype, branch.dtype))
+        mixed, u, post, res, *_ = self._operators().boundary(
+            self._tokens_last(streams), self._branch(branch), h_post, h_res, *operands
+        )
+        return self._streams_as_given(mixed), self._as_given(u), post, res
+
     def pre(self, streams: Tensor) -> tuple[Tensor, Mix]:
         """What the block reads, in the dtype of `streams`, and the coefficients that `post` needs."""
-        u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams.dtype))
-        return self._as_given(u), Mix(post, res)
+        u, *mix = self(streams)
+        return u, Mix(*mix)
 
     def post(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The next state, in the wider of the dtypes of `streams` and `branch`."""
@@ -95,22 +157,19 @@ class HyperConnection(KeepsPrecision):
 
     def boundary(self, streams: Tensor, branch: Tensor, mix: Mix) -> tuple[Tensor, Tensor, Mix]:
         """The `post` of the site before, whose `mix` it is, and this site's `pre`: the next state, u and the mix."""
-        operands = self._operands(torch.promote_types(streams.dtype, branch.dtype))
-        mixed, u, post, res, *_ = self._operators().boundary(
-            self._tokens_last(streams), self._branch(branch), mix.post, mix.res, *operands
-        )
-        return self._streams_as_given(mixed), self._as_given(u), Mix(post, res)
+        mixed, u, *next_mix = self(streams, branch, *mix)
+        return mixed, u, Mix(*next_mix)
 
     def post_collapse(self, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         """The mean of what `post` gives over its streams."""
-        if inside_function_transform():
+        if _plain_torch():
             return collapse(self.post(streams, branch, mix), self.channel_dim, "mean")
         y = self._operators().post_collapse(self._tokens_last(streams), self._branch(branch), mix.post, mix.res)
         # Cloned, as the trunk may be written to behind the streams, which autograd forbids on an operator's result.
         return self._as_given(y).clone(memory_format=torch.contiguous_format)
 
     def _operators(self) -> Any:
-        if inside_function_transform():
+        if _plain_torch():
             return reference
         length = self.config.recompute
         if length is None or torch.compiler.is_compiling():

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mhc_rewrite.errors import StreamError
 from mhc_rewrite.kernels import ops
 from mhc_rewrite.torch_private import inside_function_transform, saved_tensors_hooks_on_top
 
@@ -59,6 +60,7 @@ class Segment:
         states = {state for handle in self.pending for state in handle.state.and_before()}
         made: dict[int, tuple[Any, ...]] = {}
         for state in sorted(states, key=lambda state: state.position):
+            state.check_operands()
             if state.before is None:
                 made[id(state)] = state.kept, *ops.pre(state.kept, *state.operands)
                 continue
@@ -99,6 +101,16 @@ class State:
 
     def read_by(self, operands: tuple[Any, ...]) -> None:
         self.operands = tuple(value.detach() if isinstance(value, Tensor) else value for value in operands)
+
+    def check_operands(self) -> None:
+        """Refuses what is no longer there: sharding gives a module's parameters their memory only while it runs."""
+        for value in self.operands:
+            if isinstance(value, Tensor) and value.numel() > 0 and value.untyped_storage().size() == 0:
+                raise StreamError(
+                    "recompute= makes the states of several sites again in backward, and the parameters of one of them "
+                    "have been freed since the forward (FSDP, ZeRO). Convert with recompute=None, and put the layers "
+                    "under activation checkpointing instead: it gathers their parameters again."
+                )
 
 
 @dataclass(eq=False)

@@ -110,4 +110,6 @@ def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
 def fold(module: Callable[..., Tensor], streams: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A module on a channels-first trunk, with the streams as part of the batch."""
     batch, n = streams.shape[:2]
+    if getattr(module, "inplace", False):  # where axes fold as a view, autograd would refuse
+        streams = streams.clone(memory_format=torch.contiguous_format)
     return module(streams.flatten(0, 1), *args, **kwargs).unflatten(0, (batch, n))

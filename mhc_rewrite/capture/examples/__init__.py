@@ -95,6 +95,8 @@ def further_calls(
     ):
         mask = torch.ones_like(tokens)
         mask[0, 0] = 0
+        if mask.is_meta:  # whether anything is masked can't be read there; a mask for each query is taken as it is
+            mask = mask.bool()[:, None, None].expand(-1, 1, mask.shape[-1], -1)
         changes.append({"attention_mask": mask})
     if "use_cache" in accepted and "use_cache" not in kwargs:
         changes += [{"use_cache": False}, *({**change, "use_cache": False} for change in changes)]

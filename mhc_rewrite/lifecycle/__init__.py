@@ -1,0 +1,1 @@
+"""What a converted model lives through: optimizers, saving and loading, export."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mhc_rewrite import MHCConfig, graphs, mhcify, parameter_groups, report
 from mhc_rewrite.cli import listing
 from mhc_rewrite.printing import as_text
+from mhc_rewrite.sites.state import is_state, streams_of
 
 TOLERANCE = 1e-5
 BATCH, LENGTH = 8, 64
@@ -225,9 +226,9 @@ def stream_spread(converted: nn.Module, layer: str, **inputs: Tensor) -> float |
     hook = converted.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
     converted.eval()(**inputs)
     hook.remove()
-    (streams,) = seen
-    if streams.dim() != 4:  # (batch, tokens, n, C) between layers
+    if not is_state(seen[0]):
         return None
+    streams = streams_of(seen[0])  # (batch, tokens, n, C)
     mean = streams.mean(dim=-2, keepdim=True)
     return ((streams - mean).square().mean().sqrt() / mean.square().mean().sqrt()).item()
 

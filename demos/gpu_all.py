@@ -173,6 +173,8 @@ def summary(out: Path) -> list[dict[str, Any]]:
 
 
 def run_part(part: str, slice_: int, of: int, out: Path, device: str, tiny: bool, end: float) -> None:
+    # A text model needs no torchvision, and a torchvision made for another build of torch stops transformers' import.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
     from gpu_operators import Size
 
     sizes = [Size(8, 4, 32)] if tiny else [Size(8192, 4, 2560), Size(4096, 4, 7168)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -77,8 +76,6 @@ MODELS = {"GPT-2": gpt2, "Llama": llama}
 def model_rows(device: str, sizes: Sizes, part: int = 0, of: int = 1) -> Iterator[dict[str, Any]]:
     """A row for each model, precision and check: its error or what it found, and whether that is right. Of `of` equal
     parts of the models and precisions, one."""
-    # A text model needs no torchvision, and a torchvision made for another build of torch stops transformers' import.
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
     for name, precision_name in list(itertools.product(MODELS, PRECISIONS))[part::of]:
         setting = _Setting(MODELS[name], PRECISIONS[precision_name], device, sizes)
         for check in CHECKS:

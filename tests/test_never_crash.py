@@ -23,7 +23,7 @@ import torch.utils.checkpoint as checkpoints
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mhc_rewrite import mhcify, plan
+from mhc_rewrite import mhcify, plan, report
 from mhc_rewrite.errors import MHCError
 
 WIDTH = 8
@@ -204,7 +204,7 @@ def outcome(branch: Branch) -> str:
         converted = mhcify(copy.deepcopy(model), (x,), n_streams=2)
     except MHCError as error:
         return str(error)
-    assert len(converted._mhc_plan.sites) == 2
+    assert len(report(converted).plan.sites) == 2
     other = torch.randn(3, 4, WIDTH, dtype=torch.float64)
     for training in (False, True):
         results = []

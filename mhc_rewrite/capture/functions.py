@@ -141,8 +141,15 @@ def calls_seen(tracer: ModuleTracer) -> Iterator[None]:
     children = {type(module) for module in tracer.paths if module not in tracer.inlined}
     owners = {base for kind in children for base in kind.__mro__ if "__call__" in vars(base)} | {nn.Module}
     factories: dict[str, Any] = {name: factory(getattr(torch, name)) for name in vocabulary.FACTORIES}
+    cond = torch.cond
+
+    def branch(*args: Any, **kwargs: Any) -> Any:
+        if mine():
+            tracer.refuse("it branches by torch.cond, whose branches a graph would not follow")
+        return cond(*args, **kwargs)
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(torch, **factories))
+        stack.enter_context(mock.patch.multiple(torch, cond=branch, **factories))
         for owner in owners:
             stack.enter_context(mock.patch.object(owner, "__call__", called(vars(owner)["__call__"])))
         stack.enter_context(opaque_calls(opaque, inline_checkpoints=True))

@@ -100,6 +100,8 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         self.pause()
+        if not callable(self.outer) and hasattr(self.outer, "enable"):
+            self.outer.enable()  # cProfile's, which only itself can set again
         if self.collects:
             gc.enable()
         for kind, before in self.patched.items():
@@ -114,7 +116,7 @@ class Watch:
         sys.setprofile(self._ran)
 
     def pause(self) -> None:
-        sys.setprofile(self.outer)
+        sys.setprofile(self.outer if callable(self.outer) else None)
 
     # -- objects -----------------------------------------------------------------------------------------------------
 

@@ -280,8 +280,9 @@ class _Replay:
                 break
             near = [v for v in dict.fromkeys(run.ops[step].inputs) if run.floats[v]
                     and run.shapes[v].numel() == run.shapes[chain[-1]].numel() and v in run.producer]  # fmt: skip
-            if len(near) > 1:  # the one that comes from an earlier site, if only one does
-                near = [v for v in near if v in self.sums or any(run.above[v] >> total & 1 for total in self.sums)]
+            if len(near) > 1:  # the one that comes from an earlier site of this stream, if only one does
+                earlier = [total for total, its_stream in self.sums.items() if its_stream == stream]
+                near = [v for v in near if any(v == total or run.above[v] >> total & 1 for total in earlier)]
             if len(near) != 1:
                 break
             steps.append(step)

@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import oracle
+from handmade import found, pairs
 from handmade.common import WIDTH, Kind, features
-from handmade.found import KINDS, Adds, Layers, Recurrent, ThenRecurrent, block, linear
+from handmade.found import Adds, Layers, Recurrent, ThenRecurrent, block, linear
 from mhc_rewrite import mhcify, plan, report
 from mhc_rewrite.errors import CaptureError, NoResidualError
 from test_perturbed import Compared, relative
+
+KINDS: tuple[Kind, ...] = (*found.KINDS, *pairs.KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

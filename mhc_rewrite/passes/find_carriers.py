@@ -58,11 +58,16 @@ def find_carriers(
     chains = _chains(candidates)
     carriers: dict[int, Carrier] = {}
     homes: list[tuple[int, int]] = []
+    passing = {call.index: set(call.leaf_values.values()) & set(call.outputs) for call in recording.calls
+               if len(call.outputs) > 1}  # fmt: skip
     for number, candidate in candidates.items():
         if len(chains[number]) < min_sites:
             rejections.append(_reject(recording, candidate.operation, *too_short(len(chains[number]), min_sites)))
             continue
-        homes.append((_home(recording, candidate), candidate.operation.call))
+        home = _home(recording, candidate)
+        # A block that hands its trunk on beside its result, to be added by the next block, hides it in a tuple.
+        handing = [call for call, values in passing.items() if values & candidate.reach and call > home]
+        homes += [(home, call) for call in (candidate.operation.call, *handing) if home in recording.ancestry(call)]
     outer = {home for home, _ in homes} | {call.index for call in recording.calls if call.name in parents}
     for home, holder in homes:
         top = next(call for call in recording.ancestry(home) if call in outer)

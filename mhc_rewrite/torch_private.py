@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -30,6 +31,34 @@ class KeepsPrecision(nn.Module):
             return moved
 
         return super()._apply(keep_wide, recurse)
+
+
+def python_of(function: torch.jit.ScriptFunction) -> Callable[..., Any] | None:
+    """The Python function that `torch.jit.script` or `trace` compiled; None where it was loaded, say.
+
+    It is kept for Dynamo, under a name that is not public. Should it go, residual adds in scripted functions are not
+    seen, and tests/test_forms.py fails first.
+    """
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+@functools.cache
+def scripted_calls_take(read: Callable[[Any], Any]) -> None:
+    """Makes TorchScript's functions and methods take `read(arguments)`: they look at a tensor's memory alone.
+
+    They ask no `__torch_function__`, so a tensor of a class of its own is to them what lies in its memory. Should the
+    calls no longer be patchable, scripted code in a converted model's own forward sees streams: tests/test_readers.py.
+    """
+    for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod):
+        kind.__call__ = _reading(kind.__call__, read)  # type: ignore[method-assign]
+
+
+def _reading(original: Callable[..., Any], read: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(function, *read(args), **read(kwargs))
+
+    return call
 
 
 @contextlib.contextmanager

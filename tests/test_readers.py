@@ -291,6 +291,11 @@ def test_a_norm_behind_the_end_of_a_loop() -> None:
         model(x, turns=3)
 
 
+@torch.jit.script
+def scripted(t: Tensor) -> Tensor:
+    return torch.tanh(t) * t
+
+
 PROBES: dict[str, Callable[[Tensor], Any]] = {
     "operator": lambda t: 2 * t + 1,
     "reduction": lambda t: t.mean((0, 1)),
@@ -303,6 +308,7 @@ PROBES: dict[str, Callable[[Tensor], Any]] = {
     "einsum": lambda t: torch.einsum("btc,bsc->bts", t, t),
     "linalg": lambda t: torch.linalg.vector_norm(t, dim=-1),
     "aten": lambda t: torch.ops.aten.tanh.default(t),
+    "scripted": scripted,
 }
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.values import TRACED
+from mhc_rewrite.torch_private import python_of
 
 if TYPE_CHECKING:
     from mhc_rewrite.capture.tracer import ModuleTracer
@@ -54,7 +55,8 @@ def _opaque(run: Callable[..., Any], owner: Any) -> Callable[..., Any]:
 def opaque_calls(seen: Callable[..., Any], inline_checkpoints: bool) -> Iterator[None]:
     """Inside, this thread's calls of autograd's and TorchScript's functions become `seen(function, args, kwargs)`.
 
-    No torch function tells of them. The function that a checkpoint runs again in backward can be called by itself.
+    No torch function tells of them. The function that a checkpoint runs again in backward can be called by itself, and
+    so can the Python that a function was scripted from: a fused `residual + dropout(x + bias)` holds the add.
     """
     thread = threading.get_ident()
     apply: Any = torch.autograd.Function.__dict__["apply"].__func__
@@ -70,6 +72,8 @@ def opaque_calls(seen: Callable[..., Any], inline_checkpoints: bool) -> Iterator
     def scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return run_script(function, *args, **kwargs)
+        if (python := python_of(function)) is not None:
+            return python(*args, **kwargs)
         return seen(_opaque(run_script, function), args, kwargs)
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)), \

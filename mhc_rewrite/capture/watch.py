@@ -86,7 +86,7 @@ class Watch:
         self.forward = forward
 
     def __enter__(self) -> Watch:
-        self.outer = sys.getprofile()
+        self.outer: Any = sys.getprofile()
         self.collects = gc.isenabled()
         gc.disable()  # its callbacks would run as if the forward had called them
         for module, path in {**self.tracer.paths, self.root: ""}.items():

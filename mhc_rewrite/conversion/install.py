@@ -28,6 +28,8 @@ from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
+from mhc_rewrite.sites.state import plain
+from mhc_rewrite.torch_private import scripted_calls_take
 
 _ROLE = "_mhc_role"
 # Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for
@@ -52,6 +54,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
         hides_sites: a container's: what iterates, counts or indexes it does not see the sites among its children.
     """
     original = base.forward
+    scripted_calls_take(plain)  # code between the layers may be TorchScript's
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -149,13 +152,14 @@ def install(model: nn.Module, analysis: Analysis) -> None:
         roles = _roles(model, analysis)
         for name, role in roles.items():
             module = model.get_submodule(name)
+            kind: Any = type(module)
+            converted = converted_class(kind, _contains_a_site(module))
             for base, settings in _SETTINGS.items():
                 for attribute, value in settings.items() if isinstance(module, base) else ():
                     role.settings[attribute] = getattr(module, attribute)
                     setattr(module, attribute, value)
+            module.__class__ = converted
             module.__dict__[_ROLE] = role
-            kind: Any = type(module)
-            module.__class__ = converted_class(kind, _contains_a_site(module))
             adapt(module)
         _tell_transformers(map(type, model.modules()))
     except BaseException:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handmade.common import MLP, WIDTH, Kind, features, stack_of
@@ -111,6 +112,11 @@ def product(layer: Layer, x: Tensor) -> Tensor:
     return layer.factor(x) @ layer.linear.weight
 
 
+@torch.jit.script
+def dropped_and_added(x: Tensor, branch: Tensor, bias: Tensor, p: float, training: bool) -> Tensor:
+    return x + F.dropout(branch + bias, p=p, training=training)
+
+
 SPELLINGS: dict[str, Spelling] = {
     "x - f": Spelling(lambda m, x: x - m.f(x), lambda m, u: -m.f(u)),
     "x.sub(f, alpha)": Spelling(lambda m, x: x.sub(m.f(x), alpha=0.5), lambda m, u: -0.5 * m.f(u)),
@@ -158,6 +164,9 @@ SPELLINGS: dict[str, Spelling] = {
         lambda m, x: functools.reduce(operator.add, [x, m.f(x), m.linear(x)]), lambda m, u: m.f(u) + m.linear(u)
     ),
     "onto zeros": Spelling(lambda m, x: torch.zeros_like(x) + x + m.f(x), lambda m, u: m.f(u)),
+    "scripted": Spelling(
+        lambda m, x: dropped_and_added(x, m.f(x), m.gate, 0.0, m.training), lambda m, u: m.f(u) + m.gate
+    ),
     "copy_": Spelling(out_of_nowhere, lambda m, u: m.f(u)),
     "written over": Spelling(written_over, lambda m, u: m.f(u)),
     "index_add": Spelling(lambda m, x: x.index_add(1, rows(x), m.f(x[:, rows(x)])), f_of_rows),

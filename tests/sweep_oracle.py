@@ -261,7 +261,7 @@ class _Replay:
         self.sums = {residual.sum: of_stream[site.name] for residual, site in sites.values()}
         self.values: dict[int, Tensor] = {}
         self.streams: dict[int, list[Tensor]] = {}  # of values on a trunk
-        self.lifted: set[int] = set()  # ops that run once a stream
+        self.lifted: dict[int, int] = {}  # ops that run once a stream -> the value on the trunk
         self.reads: dict[tuple[int, int], int] = {}  # (op, value) -> the op of the site whose block reads there
         self.begins: dict[int, int] = {}  # value -> op of the first site of a stream
         self.coefficients: dict[int, tuple[Tensor, Tensor]] = {}
@@ -280,9 +280,10 @@ class _Replay:
                 break
             near = [v for v in dict.fromkeys(run.ops[step].inputs) if run.floats[v]
                     and run.shapes[v].numel() == run.shapes[chain[-1]].numel() and v in run.producer]  # fmt: skip
-            if len(near) > 1:  # the one that comes from an earlier site of this stream, if only one does
+            if len(near) > 1:  # the one that comes from the latest site of this stream; older states are read
                 earlier = [total for total, its_stream in self.sums.items() if its_stream == stream]
-                near = [v for v in near if any(v == total or run.above[v] >> total & 1 for total in earlier)]
+                last = [max((t for t in earlier if v == t or run.above[v] >> t & 1), default=-1) for v in near]
+                near = [v for v, total in zip(near, last, strict=True) if total == max(last) > -1]
             if len(near) != 1:
                 break
             steps.append(step)
@@ -308,10 +309,10 @@ class _Replay:
             self.reads[reader, point] = op
         at = chain.index(point)
         if goes_on:
-            self.lifted.update(steps)
+            self.lifted.update(zip(steps, chain[1:], strict=True))
         else:
             self.begins[point] = op
-            self.lifted.update(steps[:at])
+            self.lifted.update(zip(steps[:at], chain[1 : at + 1], strict=True))
 
     def _users(self, value: int) -> Iterator[int]:
         if not hasattr(self, "users"):
@@ -332,7 +333,7 @@ class _Replay:
             if number in self.sites:
                 self._site(number, *self.sites[number])
             elif number in self.lifted:
-                trunk = next(v for v in op.inputs if v in self.streams)
+                trunk = self.lifted[number]
                 results = [self._call(number, op, {trunk: part}) for part in self.streams[trunk]]
                 self.streams[op.outputs[0]] = [next(_tensors(result)) for result in results]
             else:

@@ -6,6 +6,7 @@
     torch.stack([x, y]).sum(0)           torch.add(x, y)
     x.index_add(0, rows, y)              torch.add(x, torch.zeros_like(x).index_add(0, rows, y))
     torch.add(x, y, out=z)               z.copy_(torch.add(x, y))
+    torch.add(x, y).view_as(z)           torch.add(x, y).view(z.shape)
 
 So whoever looks for residual adds has to know `add` alone. Only what could be a residual add is spelled out: where the
 sum has the shape of the tensor that is added to, and is floating.
@@ -41,6 +42,7 @@ _PLACES = {
 }
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # numpy's names, which torch takes too
 _DIFFERENCES = {"sub": False, "subtract": False, "isub": False, "rsub": True}  # whether the operands are turned round
+_SHAPED = {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}  # by a tensor of which they read no value
 _SUMS = vocabulary.ADD | _DIFFERENCES.keys() | _PRODUCTS.keys() | _PLACES.keys() | {"lerp"}
 
 Plain = Callable[[], Any]
@@ -74,7 +76,7 @@ class Sums:
         name = vocabulary.name_of(target)
         in_place = name.endswith("_") or name == "isub"
         bare = name.rstrip("_")
-        if self.spelling or not (bare in _SUMS or (bare in ("sum", "mean") and self.piles)):
+        if self.spelling or not (bare in _SUMS or name in _SHAPED or (bare in ("sum", "mean") and self.piles)):
             return None
         with torch._C.DisableTorchFunction():
             plain = self._plain(target, bare, in_place, args, kwargs)
@@ -127,6 +129,9 @@ class Sums:
     def _plain(self, target: Any, name: str, in_place: bool, args: Any, kwargs: Any) -> Plain | None:
         if name in ("sum", "mean"):
             return self._pile_summed(name, args, kwargs)
+        if name in _SHAPED:
+            given = _bound(("input", "other"), args, kwargs)
+            return lambda: getattr(given["input"], _SHAPED[name])(given["other"].shape)
         x = args[0] if args else kwargs.get("input")
         value = self.real(x)
         out = self.real(kwargs.get("out"))

@@ -19,6 +19,8 @@ from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.passes.axes import axis_operation, indexing
 from mhc_rewrite.sites import streams
 
+_NORMALIZE = ("input", "p", "dim", "eps")
+
 
 @dataclass(frozen=True)
 class Lift:
@@ -64,6 +66,8 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
             if trunk.meta["shape"] == shape
             and (trunk.meta["dtype"].is_floating_point or trunk.meta["dtype"].is_complex)
         ]
+    if first in inputs and (channel_dims := _normalizes(node, name)):
+        return [Lift(node, first, "norm", tuple(other for other in inputs if other is not first), channel_dims)]
     moved = axis_operation(node, first.meta["shape"]) if first in inputs else None
     if moved is not None:
         operands = tuple(other for other in inputs if other is not first)
@@ -100,6 +104,17 @@ def _pointwise_operands(node: fx.Node, name: str, bare: str, inputs: list[fx.Nod
         values = [*node.args[:1], *node.args[2:]] if node.op == "call_method" else list(node.args[1:])
         return [value for value in values if value in inputs]  # type: ignore[misc]
     return []
+
+
+def _normalizes(node: fx.Node, name: str) -> tuple[int, ...]:
+    """The layouts in which a function is a norm over the features alone."""
+    if name == "normalize":
+        given, rank = {**dict(zip(_NORMALIZE, node.args, strict=False)), **node.kwargs}, len(node.meta["shape"])
+        axis = given.get("dim", 1)
+        return (-1,) if axis in (-1, rank - 1) else (1,) if axis in (1, 1 - rank) else ()
+    over = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
+    alone = name in ("layer_norm", "rms_norm") and isinstance(over, (tuple, list)) and len(over) == 1
+    return (-1,) if alone else ()
 
 
 def _carried_by_module(node: fx.Node, first: fx.Node | None, inputs: list[fx.Node], carrier: nn.Module) -> list[Lift]:
@@ -181,6 +196,14 @@ def _operand(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_
     return graph.call_function(_out_of_place(node.target), args, kwargs)
 
 
+def _norm(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    args, kwargs = _arguments(lift, source, mapped)
+    if vocabulary.name_of(lift.node.target) == "normalize":
+        dim = -1 if channel_dim == -1 else 1 - len(lift.trunk.meta["shape"])
+        args, kwargs = (), {**dict(zip(_NORMALIZE, args, strict=False)), **kwargs, "dim": dim}
+    return graph.call_function(lift.node.target, args, kwargs)
+
+
 def _same(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
     return source
 
@@ -246,6 +269,7 @@ def _out_of_place(target: Any) -> Any:
 
 _WRITERS = {
     "same": _same,
+    "norm": _norm,
     "operand": _operand,
     "axes": _axes,
     "written": _written,

@@ -105,6 +105,12 @@ CHANNELS_LAST: dict[str, Operation] = {
     "minus an offset": lambda m, x: x - m.offset,
     "an offset minus": lambda m, x: m.offset - x,
     "view": lambda m, x: x.view(2, -1, x.shape[-1]).reshape(x.shape).sin(),
+    "view_as": lambda m, x: x.flatten(1, 2).view_as(x).flatten(0, 1).reshape_as(x),
+    "layer_norm": lambda m, x: F.layer_norm(x, (WIDTH,), m.norm.weight, m.norm.bias),
+    "torch.layer_norm": lambda m, x: torch.layer_norm(x, [x.shape[-1]], m.norm.weight),
+    "rms_norm": lambda m, x: F.rms_norm(x, x.shape[-1:], weight=m.norm.weight, eps=1e-3),
+    "normalize": lambda m, x: F.normalize(x, dim=-1),
+    "normalize, by place": lambda m, x: F.normalize(x, 1.5, 3, eps=1e-3),
 }
 
 CHANNELS_FIRST: dict[str, Operation] = {
@@ -129,6 +135,8 @@ CHANNELS_FIRST: dict[str, Operation] = {
     "x * mask": lambda m, x: ~m.mask * x,
     "clamp_": clamped_in_place,
     "minus an offset": lambda m, x: x - m.offset,
+    "normalize": lambda m, x: F.normalize(x),
+    "normalize, negative": lambda m, x: F.normalize(x, p=3.0, dim=-3),
 }
 
 

@@ -92,8 +92,8 @@ DECOYS = {
     position: ("broadcast", "broadcast", 0),
     mask: ("broadcast", "broadcast", 0),
     projection_shortcut: ("no-ancestor", "no-ancestor", 0),
-    modulation: (None, "no-ancestor", 0),  # on the recording it might be one: the graph decides
-    gate: (None, "no-mixing", 0),
+    modulation: (None, "modulation", 0),  # on the recording it might be one: the graph decides
+    gate: (None, "modulation", 0),
     experts: ("no-ancestor", "no-ancestor", 0),
     activation: ("no-mixing", "no-mixing", 0),
     whole_stage: ("long-skip", "long-skip", 3),

@@ -235,6 +235,8 @@ class _Finder:
                 near = near or found
             if self._merge(add, trunk, branch, scale, factor):
                 return
+        if any(self._is_modulated(node) for node, _ in (left, right)):
+            near = "modulation", "an operand is scaled by what is computed from it: a gate, and no residual stream"
         self._reject(add, *(near or ("no-ancestor", "neither operand is computed from the other's trunk")))
 
     def _site(
@@ -302,6 +304,9 @@ class _Finder:
                 for further in self._chains(lift.trunk, gates):
                     yield [lift, *further]
         yield []
+
+    def _is_modulated(self, node: fx.Node) -> bool:
+        return any(lift.trunk in ancestors(gate) for lift in self._lifts(node) for gate in lift.operands)
 
     def _lifts(self, node: fx.Node) -> list[Lift]:
         if node not in self.lift_cache:

@@ -30,10 +30,9 @@ class Sizes(NamedTuple):
     width: int = 256
     batch: int = 2
     length: int = 96
-    iterations: int = 20
 
 
-TINY = Sizes(1, 2, 16, 1, 24, iterations=2)
+TINY = Sizes(1, 2, 16, 1, 24)
 
 
 class Precision(NamedTuple):
@@ -96,13 +95,13 @@ class _Setting:
 
     def __init__(self, build: Callable[[Sizes], nn.Module], precision: Precision, device: str, sizes: Sizes) -> None:
         torch.manual_seed(0)
-        self.precision, self.device, self.iterations = precision, device, sizes.iterations
+        self.precision, self.device = precision, device
         self.original = build(sizes).to(device, precision.weights).eval()
         self.ids = torch.randint(1, VOCABULARY, (sizes.batch, sizes.length), device=device)
 
     def converted(self, perturbed: bool = True) -> nn.Module:
         with contextlib.redirect_stdout(None):
-            model = mhcify(copy.deepcopy(self.original), {"input_ids": self.ids}, sinkhorn_iterations=self.iterations)
+            model = mhcify(copy.deepcopy(self.original), {"input_ids": self.ids})
         if perturbed:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():

@@ -71,7 +71,6 @@ class Form(NamedTuple):
         connection: of the conversion.
         recompute: of the backend.
         layers: the two models that are compared.
-        iterations: of Sinkhorn-Knopp.
     """
 
     name: str
@@ -82,7 +81,6 @@ class Form(NamedTuple):
     connection: str = "mhc"
     recompute: int | None = None
     layers: tuple[int, int] = (1, 2)
-    iterations: int = 20
 
 
 FORMS = [
@@ -149,7 +147,8 @@ def _original(layers: int, precision: str, activated: bool) -> Launched:
 def _converted(layers: int, form: Form) -> Launched:
     model, x = _built(layers, form.precision, form.activated)
     with contextlib.nullcontext() if form.fused else _apart():
-        mhcify(model, (x,), n_streams=N, connection=form.connection, sinkhorn_iterations=form.iterations)
+        # Sizes are free: a conversion runs the model a dozen times, for which a few tokens do.
+        mhcify(model, (x[:, :4],), n_streams=N, connection=form.connection)
         perturb(model)
         return _step(model, x, form.precision, form.whole, {"recompute": form.recompute})
 
@@ -241,14 +240,9 @@ def _sum(counts: dict[str, int]) -> str:
     return f"{sum(counts.values())}: {', '.join(parts)}"
 
 
-def tested() -> list[Form]:
-    """Two iterations show what twenty launch, operation by operation, and compile far sooner."""
-    return [form if form.whole else form._replace(iterations=2) for form in FORMS]
-
-
 if __name__ == "__main__":
     if "--json" in sys.argv:
-        print(json.dumps([row(form) for form in tested()]))
+        print(json.dumps([row(form) for form in FORMS]))
     else:
         console = Console(width=140)
         for table in (site_table([(form, row(form)) for form in FORMS]), operator_table()):

@@ -71,7 +71,7 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
     return matrix
 
 
-def mhc_coefficients(params: Params, X: Tensor, eps: float, iterations: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+def mhc_coefficients(params: Params, X: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """H_pre (..., n), H_post (..., n), H_res (..., n, n) of the state X (..., n, C) [14 to 19]."""
     n = X.shape[-2]
     x = X.flatten(-2)
@@ -81,11 +81,11 @@ def mhc_coefficients(params: Params, X: Tensor, eps: float, iterations: int = 20
     return (
         torch.sigmoid(params.alpha[0] * pre + b_pre),
         2 * torch.sigmoid(params.alpha[1] * post + b_post),
-        sinkhorn((params.alpha[2] * res + b_res).unflatten(-1, (n, n)), iterations),
+        sinkhorn((params.alpha[2] * res + b_res).unflatten(-1, (n, n))),
     )
 
 
-def hc_coefficients(params: Params, X: Tensor, eps: float, iterations: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+def hc_coefficients(params: Params, X: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same for Hyper-Connections: static + alpha * tanh(norm(X) W), without constraint.
 
     Row i of norm(X) W holds H_post[i], H_pre[i] and H_res[:, i] of stream i.
@@ -110,12 +110,7 @@ def tokens_last(X: Tensor, channel_dim: int) -> Tensor:
 
 
 def site(
-    params: Params,
-    X: Tensor,
-    channel_dim: int = -1,
-    connection: str = "mhc",
-    eps: float = 1e-6,
-    iterations: int = 20,
+    params: Params, X: Tensor, channel_dim: int = -1, connection: str = "mhc", eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the block reads, and how its result is written back.
 
@@ -123,7 +118,7 @@ def site(
     (..., n) and H_res (..., n, n), the last two with the tokens first.
     """
     X = tokens_last(X, channel_dim)
-    H_pre, H_post, H_res = COEFFICIENTS[connection](params, X, eps, iterations)
+    H_pre, H_post, H_res = COEFFICIENTS[connection](params, X, eps)
     u = (H_pre.unsqueeze(-1) * X).sum(dim=-2)
     return (u if channel_dim == -1 else u.movedim(-1, channel_dim)), H_post, H_res
 
@@ -144,19 +139,10 @@ class Streams:
         n: number of streams.
         channel_dim: the trunk's channels: -1, or 1 for NCHW.
         connection: "mhc" or "hc".
-        iterations: of Sinkhorn.
     """
 
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        n: int,
-        channel_dim: int = -1,
-        connection: str = "mhc",
-        iterations: int = 20,
-    ) -> None:
+    def __init__(self, state: Mapping[str, Tensor], n: int, channel_dim: int = -1, connection: str = "mhc") -> None:
         self.state, self.n, self.channel_dim, self.connection = state, n, channel_dim, connection
-        self.iterations = iterations
         self.seen: list[str] = []
 
     @property
@@ -183,7 +169,7 @@ class Streams:
     def read(self, name: str, X: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """The first half of a site: u, and `write(y, trunk=None)`, which makes X' = H_res trunk(X) + H_post y."""
         self.seen.append(name)
-        u, H_post, H_res = site(self.params(name), X, self.channel_dim, self.connection, iterations=self.iterations)
+        u, H_post, H_res = site(self.params(name), X, self.channel_dim, self.connection)
 
         def write(y: Tensor, trunk: Callable[[Tensor], Tensor] | None = None) -> Tensor:
             return apply(X if trunk is None else self.each(trunk, X), y, H_post, H_res, self.channel_dim)

@@ -40,10 +40,10 @@ gpu-check: $(STAMP) ## check and time the operators on a GPU, or check them on t
 	$(BIN)/python demos/gpu_check.py
 
 test: lint types ## lint, type check and all tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that are not marked slow (within 2 minutes)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-kernels: $(STAMP) ## Triton: every size, dtype and configuration, interpreted and compiled (many hours)
 	$(TEST_ENV) MHC_WHOLE_GRID=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_kernels_interpreted.py tests/test_kernel_compile.py $(PYTEST_ARGS)

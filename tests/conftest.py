@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+MINUTES = ("test_kernels_interpreted", "test_gpu_all", "test_launches")
 COLUMNS = ("sites", "streams", "preserve_fp64", "preserve_fp32", "perturbed", "gradient", "moved")
 
 
@@ -45,6 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # No test depends on how fast a machine is.
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes in one test begins first, or the other processes would wait for it in the end."""
+    items.sort(key=lambda item: item.path.stem not in MINUTES)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: it is no more looked at by the garbage collector, nor by whoever walks its objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

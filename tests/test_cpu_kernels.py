@@ -309,6 +309,7 @@ import torch, mhc_rewrite
 program, (given, want) = torch.export.load(sys.argv[1] + ".pt2"), torch.load(sys.argv[1])
 got = program.module()(*given)
 assert all(torch.equal(a, b) for a, b in zip(got, want))
+assert "torch.utils.cpp_extension" not in sys.modules  # a library that is there is found without it
 """
 
 

@@ -141,8 +141,8 @@ def test_functional_call(case: Case) -> None:
     assert_same_gradients(got, {name: p.grad for name, p in model.named_parameters()})
 
 
-# What is compiled and exported is the sites' arithmetic, unrolled: two iterations show all that twenty do.
-SHORT = {"sinkhorn_iterations": 2}
+# What is compiled and exported is the sites' arithmetic, stream by stream: two show all that four do.
+SHORT = {"n_streams": 2, "sinkhorn_iterations": 2}
 
 
 def test_compile(case: Case) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +16,11 @@ from mhc_rewrite.sites.hyper_connection import HyperConnection
 def warn_of_what_came_before(model: nn.Module) -> None:
     """Warns where an optimizer or an adapter was there first: it would leave the sites out without a word."""
     own = {id(p) for p in model.parameters()}
-    if _optimizers_of(own):
+    found = _optimizers_of(own)
+    if found:
         gc.collect()  # of those that nobody holds any more
-    for name in _optimizers_of(own):
+        found = _optimizers_of(own)
+    for name in found:
         warnings.warn(
             f"{name} was made before the conversion, so it will not train the sites. Make it again, of "
             "mhc_rewrite.parameter_groups(model, weight_decay=...).",
@@ -35,9 +39,18 @@ def warn_of_what_came_before(model: nn.Module) -> None:
 
 def _optimizers_of(parameters: set[int]) -> list[str]:
     """The class names of the optimizers that hold any of these. Nothing leads from a parameter to its optimizer."""
+    kinds, objects = set(_subclasses(torch.optim.Optimizer)), gc.get_objects()
+    if kinds.isdisjoint(map(type, objects)):  # a process has a million objects: nothing is quicker
+        return []
     return [
         type(found).__name__
-        for found in gc.get_objects()
-        if issubclass(type(found), torch.optim.Optimizer)  # isinstance would ask the object, which may answer oddly
+        for found in objects
+        if type(found) in kinds  # isinstance would ask the object, which may answer oddly
         and any(id(p) in parameters for group in found.param_groups for p in group["params"])
     ]
+
+
+def _subclasses(kind: type[Any]) -> Iterator[type]:
+    yield kind
+    for below in type.__subclasses__(kind):
+        yield from _subclasses(below)

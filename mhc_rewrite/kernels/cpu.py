@@ -2,7 +2,7 @@
 use it.
 
 Nothing depends on it: where it cannot be built, a warning says why, once, and aten.py runs instead. The library is kept
-in torch's extension cache under a name that says what it was built from, so that later processes only load it.
+with torch's extensions under a name that says what it was built from, so that later processes only load it.
 
 Same functions, shapes and results as aten.py, for T >= 1 tokens in fp32, bf16 or fp16 with fp32 parameters. Each calls
 an operator of its name in `mhc_rewrite_cpu`, declared below, which is what compiled graphs hold.
@@ -54,17 +54,17 @@ def available() -> bool:
 
 def _built() -> Path:
     """The library's file, built if it is not there."""
-    from torch.utils import cpp_extension
-
     processor = torch.cpu.get_capabilities()
     flags = [*FLAGS, *(flag for feature, flag in NEWER.items() if processor.get(feature))]
     sources = [file.read_bytes() for file in sorted(SOURCE.parent.iterdir())]
     # Another processor needs another library, be it in the same home directory.
     made_from = repr((sources, flags, torch.__version__, sorted(processor.items())))
     name = f"mhc_rewrite_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    folder = _folder()
     library = folder / f"{name}.so"
     if not library.exists():
+        from torch.utils import cpp_extension  # brings setuptools along: half a second that loading does without
+
         folder.mkdir(parents=True, exist_ok=True)
         print("mhc_rewrite: building the CPU kernels, once (about 20 seconds) ...", file=sys.stderr)
         # In a folder of its own, then moved: two processes that build at once do not wait for one another's locks.
@@ -72,6 +72,12 @@ def _built() -> Path:
             cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, build_directory=build, is_python_module=False)
             os.replace(Path(build) / f"{name}.so", library)
     return library
+
+
+def _folder() -> Path:
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "torch_extensions"
 
 
 @contextlib.contextmanager

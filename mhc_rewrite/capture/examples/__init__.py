@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.capture.examples.arguments import Arguments
+from mhc_rewrite.capture.examples.calls import random_generator
 from mhc_rewrite.capture.examples.images import of_images
-from mhc_rewrite.capture.examples.search import random_generator, search
+from mhc_rewrite.capture.examples.search import search
 from mhc_rewrite.errors import ExampleInputsError
 
 _BATCH, _LENGTH = 2, 8

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_rewrite.capture.examples.calls import Call, chosen, random_generator
 from mhc_rewrite.capture.examples.parts import Parts
-from mhc_rewrite.capture.examples.search import Call, chosen, random_generator
 
 BATCH, LENGTH = 2, 8
 FRAMES, GRID, SAMPLES = 2, 4, 2048
 
-_INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|cache|past_key_values|labels?$(?<!input_labels)")
+_INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|(?<!use_)cache|past_key_values|labels?$(?<!input_labels)")
+_NEVER = re.compile(r"cache|past_key_values|labels?$")
 
 
 class Base:
@@ -26,7 +27,9 @@ class Base:
         plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         # What could be given instead of the inputs themselves is left out.
         self.known = [p.name for p in plain if p.default is p.empty or not _INSTEAD.search(p.name)]
+        self.instead = [p.name for p in plain if p.name not in self.known and not _NEVER.search(p.name)]
         self.required = [p.name for p in plain if p.default is p.empty]
+        self.annotated = {p.name: str(p.annotation) for p in plain if p.annotation is not p.empty}
         self.parts = Parts(model.config)
         tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device = tensor.device if tensor is not None else torch.device("cpu")

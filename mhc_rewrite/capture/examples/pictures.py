@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.capture.examples.base import BATCH, FRAMES, GRID, LENGTH, Base, noise
-from mhc_rewrite.capture.examples.search import Call
+from mhc_rewrite.capture.examples.calls import Call
 
 
 class Pictures(Base):

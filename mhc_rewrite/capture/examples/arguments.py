@@ -71,10 +71,8 @@ class Arguments(Pictures, Sounds):
             return self.text_mask(name, call)
         if "Tensor" in kind:
             return [*self.hidden(name, call), *self.small_ids(name, call)]
-        plain = (
-            value for word, value in (("bool", False), ("int", 1), ("float", 1.0)) if re.search(rf"\b{word}\b", kind)
-        )
-        return [*itertools.islice(plain, 1)]
+        plain = {"bool": False, "int": 1, "float": 1.0}
+        return [value for word, value in plain.items() if re.search(rf"\b{word}\b", kind)][:1]
 
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -90,6 +88,8 @@ class Arguments(Pictures, Sounds):
         # The parts may have vocabularies of their own.
         vocabulary = min(self.parts.all("vocab_size") or [self.parts.number(kind, "num_tokens", default=8)])
         codebooks = self.parts.number("text", "num_codebooks", "n_codebooks", "audio_channels", default=0)
+        if not codebooks and not self.parts.look("image", "image_size", "patch_size"):  # channels of sound
+            codebooks = self.parts.number("text", "num_channels", default=0)
         if "decoder" in name:
             length = LENGTH // 2
         else:

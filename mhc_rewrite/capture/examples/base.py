@@ -46,19 +46,17 @@ class Base:
         return LENGTH
 
     def text_mask(self, name: str, call: Call) -> list[Any]:
-        return [torch.ones(BATCH, self.length(call), dtype=torch.long)]
+        mask = torch.ones(BATCH, self.length(call), dtype=torch.long)
+        return [mask, mask.bool()]
 
     def frame_mask(self, name: str, call: Call) -> list[Any]:
-        lengths = {
-            length
-            for other in call.names
-            if re.search(r"features$|values$", other)
-            if isinstance(value := chosen(self, other, call), Tensor)
-            for length in value.shape[1:]
-        }
-        return [torch.ones(BATCH, length, dtype=torch.long) for length in sorted(lengths, reverse=True)] or (
-            self.text_mask(name, call)
-        )
+        """As long as what it is the mask of, whichever of its axes is time."""
+        mine = [other for other in call.names if other != name and name.startswith(other)]
+        mine = mine or [other for other in call.names if re.search(r"features$|values$", other)]
+        shapes = [value.shape for other in mine if isinstance(value := chosen(self, other, call), Tensor)]
+        lengths = sorted({length for shape in shapes for length in shape[1:]}, reverse=True)
+        masks = [torch.ones(BATCH, length, dtype=torch.long) for length in lengths]
+        return [*masks, *(mask.bool() for mask in masks)] or self.text_mask(name, call)
 
     def first_width(self, inside: str = "") -> int | None:
         """What the first layer that has weights takes, of the parts that are named so."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mhc_rewrite.capture.examples.calls import Call, Supplier
@@ -38,15 +39,18 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
         yield -1.0, replace(call, below={**call.below, name: number})
     for name, shape in _wanted_shapes(given, blamed, str(error)):
         yield -0.9, replace(call, shapes={**call.shapes, name: shape})
-    ranks = _wanted_ranks(str(error))
+    boolean = "bool" in str(error)
     for name in call.names:
         candidates = supplier.candidates(name, call)
         number = call.choices.get(name, 0) + 1
         unshaped = {key: shape for key, shape in call.shapes.items() if key != name}
-        if name in blamed and ranks:
-            fitting = (place for place, one in enumerate(candidates) if isinstance(one, Tensor) and one.dim() in ranks)
-            for cost, place in zip((-0.8, -0.4, 0.1), fitting):
-                yield cost, replace(call, choices={**call.choices, name: place}, shapes=unshaped)
+        fitting: list[int] = []
+        if name in blamed and (rank := _wanted_rank(given[name], str(error))):
+            fitting = [place for place, one in enumerate(candidates) if isinstance(one, Tensor) and one.dim() == rank]
+        elif boolean and isinstance(given[name], Tensor):
+            fitting = [place for place, one in enumerate(candidates) if getattr(one, "dtype", None) == torch.bool]
+        for cost, place in zip((-0.8, -0.4, 0.1), fitting):
+            yield cost, replace(call, choices={**call.choices, name: place}, shapes=unshaped)
         if number < len(candidates):
             yield (
                 0.2 if name in blamed else 1.0,
@@ -60,7 +64,7 @@ def _blamed(given: Mapping[str, Any], error: Exception) -> set[str]:
     shaped = {name: str(list(value.shape)) for name, value in given.items() if isinstance(value, Tensor)}
     named = {name for name, shape in shaped.items() if "," in shape and shape.replace(" ", "") in message}
     held: set[str] = set()
-    for frame, _ in _frames(error):
+    for frame, _ in failing_lines(error):
         values = list(frame.f_locals.values())
         mine = {name for name, value in given.items() if any(value is one for one in values)}
         if 0 < len(mine) < len(given) or len(given) == 1:
@@ -89,8 +93,7 @@ def _named(message: str, call: Call, supplier: Supplier) -> list[str]:
 
 def _none_in_frames(error: Exception, call: Call, supplier: Supplier, names: list[str]) -> Iterator[str]:
     """Arguments that are None in the lines that failed, innermost first; an inner name may be the end of one."""
-    for frame, lines in reversed(_frames(error)):
-        text = " ".join(linecache.getline(frame.f_code.co_filename, line) for line in lines)
+    for frame, text in reversed(failing_lines(error)):
         for word in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", text)):
             if word in frame.f_locals and frame.f_locals[word] is None:
                 for name in names:
@@ -99,8 +102,8 @@ def _none_in_frames(error: Exception, call: Call, supplier: Supplier, names: lis
                         break
 
 
-def _frames(error: Exception) -> list[tuple[FrameType, range]]:
-    """The frames that the error came through, outermost first, each with the lines of the call that failed."""
+def failing_lines(error: Exception) -> list[tuple[FrameType, str]]:
+    """The frames that the error came through, outermost first, each with the text of the call that failed."""
     frames = []
     trace = error.__traceback__
     while trace is not None:
@@ -109,7 +112,8 @@ def _frames(error: Exception) -> list[tuple[FrameType, range]]:
         if hasattr(code, "co_positions"):  # Python 3.11
             position = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None), (None, None))
             last = max(first, position[1] or first)
-        frames.append((trace.tb_frame, range(first, min(last, first + 20) + 1)))
+        lines = range(first, min(last, first + 20) + 1)
+        frames.append((trace.tb_frame, " ".join(linecache.getline(code.co_filename, line) for line in lines)))
         trace = trace.tb_next
     return frames
 
@@ -117,13 +121,14 @@ def _frames(error: Exception) -> list[tuple[FrameType, range]]:
 # -- what has another form ---------------------------------------------------------------------------------------------
 
 
-def _wanted_ranks(message: str) -> set[int]:
+def _wanted_rank(value: Any, message: str) -> int | None:
     """How many dimensions the error asks for."""
-    if found := re.search(r"values to unpack \(expected (\d)", message):
-        return {int(found[1])}
-    if found := re.search(r"\(unbatched\) or (\d)D \(batched\)", message):
-        return {int(found[1])}
-    return set()
+    if not isinstance(value, Tensor):
+        return None
+    if found := re.search(r"values to unpack \(expected (\d), got (\d)\)", message):
+        return value.dim() + int(found[1]) - int(found[2])
+    found = re.search(r"values to unpack \(expected (\d)|\(unbatched\) or (\d)D \(batched\)", message)
+    return int(found[1] or found[2]) if found else None
 
 
 def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -175,7 +180,7 @@ def _with_channels(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
 
 def _beyond(given: Mapping[str, Any], error: Exception) -> Iterator[tuple[str, int]]:
     """Arguments that hold numbers beyond the table in which they are looked up, with its size."""
-    for frame, _ in _frames(error):
+    for frame, _ in failing_lines(error):
         weight, index = frame.f_locals.get("weight"), frame.f_locals.get("input")
         if frame.f_code.co_name == "embedding" and isinstance(weight, Tensor) and isinstance(index, Tensor):
             if index.numel() and not index.is_meta and int(index.max()) >= len(weight) > 0:
@@ -210,7 +215,7 @@ def _wanted_placeholders(call: Call, error: Exception) -> Call | None:
 
 def _counted_features(error: Exception, kind: str) -> Iterator[int]:
     """How many features the function that complained had: some messages give another number than was compared."""
-    for frame, _ in _frames(error):
+    for frame, _ in failing_lines(error):
         for name, value in frame.f_locals.items():
             if name == "features" or (kind in name and name.endswith("features")):
                 if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:

@@ -29,6 +29,8 @@ _HANDED_OVER = re.compile(
 )
 _TO_LANGUAGE = re.compile(r"^(out|output|text|llm|language|lm)_(hidden_size|hidden_dim|dim|embed_dim|d_model)$")
 _TOKEN_IDS = re.compile(r"_token_(id|index)$")
+_CLIP = re.compile(r"^(num_frames|frames_per_clip)$")
+_TAPPED = re.compile(r"hook_ids$|^out_indices$|feature_layers?$")
 _STAGES = ("depths", "hidden_sizes")
 _PLACEHOLDERS = re.compile(r"^(image|video|audio)_token_(id|index)$")
 _FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -64,20 +66,28 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, VOCABULARY)
         elif name == "max_source_positions" and shallow:
             small[name] = min(value, FRAMES)
-        elif name.endswith("tokens_per_image") and shallow:
+        elif shallow and (name.endswith("tokens_per_image") or _CLIP.search(name)):
             small[name] = min(value, 4)
     if fields.get("vocab_size", 0) is None:
         small["vocab_size"] = VOCABULARY
     if fields.get("num_experts_per_tok", 0) is None:
         small["num_experts_per_tok"] = 2
-    if shallow and _one_size(fields):
-        small["image_size"] = min(fields["image_size"], 4 * fields["patch_size"])
+    if shallow and (patch := _patch(fields)):
+        small["image_size"] = min(fields["image_size"], 4 * patch)
+    if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
+        small["max_length"] = min(longest, 2 * FRAMES)
     if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
         small["depths"] = [min(depth, 2) for depth in depths]
     if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):
         small["per_layer_config"] = {key: value for key, value in of_layers.items() if int(key) < depth}
     if heads is not None:
         small |= _narrow_fields(config, fields, heads, factor)
+    for name, value in fields.items():  # numbers of layers whose states are read
+        if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
+            small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
+    for part, inner in parts.items():  # pictures that are cut into ones of a part's size
+        if isinstance(size := fields.get("patch_size"), int) and size == getattr(inner, "image_size", None):
+            small["patch_size"] = small[part].get("image_size", size)
     if heads != "evenly":
         _agree(config, parts, small)
     if words := small.get("vocab_size", _words(small)):
@@ -85,10 +95,13 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     return small
 
 
-def _one_size(fields: Mapping[str, Any]) -> bool:
-    """Whether a picture is cut into patches once: a pyramid needs a size that it can halve."""
-    sizes = (fields.get("image_size"), fields.get("patch_size"))
-    return all(isinstance(size, int) for size in sizes) and not any(name in fields for name in _STAGES)
+def _patch(fields: Mapping[str, Any]) -> int | None:
+    """The patch into which a picture is cut, where it is cut once: a pyramid needs a size that it can halve."""
+    patch = fields.get("patch_size", fields.get("tubelet_size"))
+    if isinstance(patch, (list, tuple)) and patch:
+        patch = patch[-1]
+    whole = isinstance(patch, int) and isinstance(fields.get("image_size"), int)
+    return patch if whole and not any(name in fields for name in _STAGES) else None
 
 
 def _depth(config: Any, fields: Mapping[str, Any]) -> int:

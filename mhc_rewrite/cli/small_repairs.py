@@ -56,7 +56,8 @@ def repair_split(default: Any, fields: dict[str, Any], message: str) -> bool:
     total, sizes = int(found[1]), [int(size) for size in found[2].split(",")]
     scaled = [size * total // sum(sizes) for size in sizes]
     scaled[-1] += total - sum(scaled)
-    changed = _replaced(_merged(default.to_dict(), fields), sizes, scaled)
+    options = _merged(default.to_dict(), fields)
+    changed = _replaced(options, sizes, scaled) or _with_section(options, scaled)
     fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
     return bool(changed)
 
@@ -74,5 +75,16 @@ def _replaced(tree: dict[str, Any], old: list[int], new: list[int]) -> dict[str,
         if isinstance(value, (list, tuple)) and list(value) == old:
             found[key] = new
         elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
-            found[key] = {**value, **inner} if key.startswith("rope") else inner
+            found[key] = {**value, **inner} if key == "rope_parameters" else inner
+    return found
+
+
+def _with_section(tree: dict[str, Any], section: list[int]) -> dict[str, Any]:
+    """The parts of nested options about rotary embeddings, with sections that were left to the model."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key == "rope_parameters" and isinstance(value, dict) and "mrope_section" not in value:
+            found[key] = {**value, "mrope_section": section}
+        elif isinstance(value, dict) and (inner := _with_section(value, section)):
+            found[key] = inner
     return found

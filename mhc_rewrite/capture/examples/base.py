@@ -25,6 +25,8 @@ class Base:
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(p.kind is p.VAR_KEYWORD for p in parameters) and hasattr(model.config, "use_cache"):
+            plain.append(inspect.Parameter("use_cache", inspect.Parameter.KEYWORD_ONLY, default=None))
         # What could be given instead of the inputs themselves is left out.
         self.known = [p.name for p in plain if p.default is p.empty or not _INSTEAD.search(p.name)]
         self.instead = [p.name for p in plain if p.name not in self.known and not _NEVER.search(p.name)]

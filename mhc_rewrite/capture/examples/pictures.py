@@ -15,19 +15,23 @@ from mhc_rewrite.capture.examples.calls import Call
 class Pictures(Base):
     """Arguments about what is seen."""
 
-    def _sizes(self, name: str = "") -> list[tuple[int, int]]:
-        size = self.parts.look("image", "image_size", "img_size", "input_size")
+    def _sizes(self, name: str, call: Call) -> list[tuple[int, int]]:
+        """Sizes of pictures: those that the config states, and small ones, first where nothing depends on the size."""
+        stated: list[tuple[int, int]] = []
+        sizes = self.parts.every("image", "image_size", "img_size", "input_size")
         if prefix := name.removesuffix("pixel_values"):  # high_res_pixel_values: of high_res_vision_config
-            own = (getattr(part, "image_size", None) for named, part in self.parts.named if named.startswith(prefix))
-            size = next((one for one in own if one is not None), size)
-        patch = self._patch()
-        if isinstance(size, dict):
-            size = (size.get("height", 32), size.get("width", 32))
-        if isinstance(size, int) and size > 0:
-            size = (size, size)
-        usual = (max(64, 4 * patch),) * 2
-        stated = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 else []
-        return list(dict.fromkeys([*stated, usual, (224, 224)]))
+            own = [getattr(part, "image_size", None) for named, part in self.parts.named if named.startswith(prefix)]
+            sizes = [*own, *sizes]
+        for size in sizes:
+            if isinstance(size, dict):
+                size = (size.get("height", 32), size.get("width", 32))
+            if isinstance(size, int) and size > 0:
+                size = (size, size)
+            if isinstance(size, (list, tuple)) and len(size) == 2:
+                stated.append((int(size[0]), int(size[1])))
+        small = (max(64, 4 * self._patch()),) * 2
+        alone = "input_ids" not in call.names and bool(stated) and stated[0][0] >= 2 * small[0]
+        return list(dict.fromkeys([small, *stated] if alone else [*stated[:1], small, *stated[1:], (224, 224)]))[:3]
 
     def _patch(self) -> int:
         patch = self.parts.look("image", "patch_size", "patch_sizes", "spatial_patch_size", default=16)
@@ -53,7 +57,7 @@ class Pictures(Base):
         return noise(BATCH * frames * height * width, self._channels() * temporal * self._patch() ** 2)
 
     def images(self, name: str, call: Call) -> list[Any]:
-        channels, sizes, patch = self._channels(), self._sizes(name), self._patch()
+        channels, sizes, patch = self._channels(), self._sizes(name, call), self._patch()
         flat = [noise(BATCH, channels, *size) for size in sizes]
         height, width = self._grid()
         rows = channels * patch**2
@@ -79,7 +83,7 @@ class Pictures(Base):
         return [*flat, *several, *tiled, *as_patches, *padded, *clips[:1]]
 
     def videos(self, name: str, call: Call) -> list[Any]:
-        channels, sizes = self._channels(), self._sizes()
+        channels, sizes = self._channels(), self._sizes(name, call)
         frames = self.parts.number("video", "num_frames", "frames_per_clip", default=FRAMES)
         grids = [self.patches()] if any("grid" in n for n in call.names) else []
         return [
@@ -96,14 +100,14 @@ class Pictures(Base):
     def image_sizes(self, name: str, call: Call) -> list[Any]:
         if "spatial" in name:
             return [torch.tensor([self._grid()] * BATCH)]
-        return [torch.tensor([size] * BATCH) for size in self._sizes()]
+        return [torch.tensor([size] * BATCH) for size in self._sizes(name, call)]
 
     def pixel_mask(self, name: str, call: Call) -> list[Any]:
         height, width = self._grid()
         if any(name == other + "_mask" for other in call.names):
             return self.frame_mask(name, call)
-        masks = [torch.ones(BATCH, *size, dtype=torch.long) for size in self._sizes()]
-        several = [torch.ones(BATCH, 1, *size, dtype=torch.bool) for size in self._sizes()]
+        masks = [torch.ones(BATCH, *size, dtype=torch.long) for size in self._sizes(name, call)]
+        several = [torch.ones(BATCH, 1, *size, dtype=torch.bool) for size in self._sizes(name, call)]
         tiles = torch.ones(BATCH, 1, dtype=torch.bool)
         return [*masks, torch.ones(BATCH, height * width, dtype=torch.long), *several, tiles]
 

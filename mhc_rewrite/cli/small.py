@@ -20,7 +20,7 @@ from mhc_rewrite.cli.errors import UsageError
 from mhc_rewrite.cli.small_fields import HEADS, Heads, small_fields
 from mhc_rewrite.cli.small_repairs import repair, repair_split
 
-MAX_PARAMETERS, LARGE = 500_000_000, 60_000_000
+MAX_PARAMETERS, LARGE = 500_000_000, 100_000_000
 REPAIRS, TRIALS, SECONDS = 6, 14, 5.0
 
 
@@ -68,9 +68,10 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
     built: Any = None
     for shallow, heads in _WAYS:
         fields = apply_overrides(default, small_fields(default, shallow=shallow, heads=heads), overrides)
+        most = MAX_PARAMETERS if built is None else LARGE
         for _ in range(REPAIRS):
             try:
-                model = _made(config_class(**fields), MAX_PARAMETERS if built is None else LARGE)
+                model = _made(config_class(**fields), most)
             except (ModuleNotFoundError, UsageError):  # the installation, or the type, and not the config
                 raise
             except ImportError as error:

@@ -208,6 +208,8 @@ def _scaled(
             narrow[name] = value if heads is None else max(1, value * numerator // denominator)
         elif name.endswith("n_groups"):
             narrow[name] = min(value, few or numerator)
+        elif name.endswith("width") and name.removesuffix("width") + "height" in fields:
+            continue  # of a picture
         elif (_WIDTHS.search(name) or name in _WIDTH_NAMES or (evenly and _HANDED_OVER.search(name))) and value > 8:
             exact = value * numerator / denominator
             narrow[name] = int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)

@@ -60,12 +60,13 @@ class Pictures(Base):
         channels, sizes, patch = self._channels(), self._sizes(name, call), self._patch()
         flat = [noise(BATCH, channels, *size) for size in sizes]
         height, width = self._grid()
-        rows = channels * patch**2
+        rows, merge = channels * patch**2, self._merge()
         as_patches = [
             self.patches(),
             noise(BATCH * height * width, channels, patch, patch),
             noise(1, BATCH * height * width, channels, patch, patch),
             noise(1, BATCH * height * width, rows),
+            noise(BATCH * height * width, merge * patch, merge * patch, channels),
         ]
         padded = [noise(BATCH, height * width, rows)]
         several = [noise(BATCH, 1, channels, *size) for size in sizes]

@@ -75,6 +75,8 @@ class Pictures(Base):
         clips = self.videos(name, call)
         if any(re.search(r"grid|pixel_position_ids|image_position_ids", n) for n in call.names):
             return [*as_patches, *padded, *flat]
+        if "target_sizes" in call.names:  # the patches of all pictures side by side
+            return [noise(1, channels, patch, BATCH * height * width * patch), *as_patches, *flat]
         if any(re.search(r"spatial_shapes|pixel_attention_mask", n) for n in call.names):
             return [*padded, *as_patches, *several, *flat]
         if any("aspect_ratio" in n for n in self.known):
@@ -99,8 +101,9 @@ class Pictures(Base):
         return [torch.tensor([row] * BATCH)]
 
     def image_sizes(self, name: str, call: Call) -> list[Any]:
-        if "spatial" in name:
-            return [torch.tensor([self._grid()] * BATCH)]
+        grid = [torch.tensor([self._grid()] * BATCH)]
+        if "spatial" in name or "target" in name:
+            return grid
         return [torch.tensor([size] * BATCH) for size in self._sizes(name, call)]
 
     def pixel_mask(self, name: str, call: Call) -> list[Any]:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 4, 512, 16, 128
-MOST_LAYERS, FRAMES, MOST_ALIKE = 12, 64, 4
+MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED = 12, 64, 4, 2
 Heads = int | None | Literal["evenly"]
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
+_SHARED = re.compile(r"kv_shared_layers$")  # whose keys are those of layers before them
 _HEADS = re.compile(r"(^|_)(n_heads?|num_heads|attention_heads)$")
 _KV_HEADS = re.compile(r"(^|_)(key_value_heads|kv_heads|head_kv|kv_n_heads)$")
 _EXPERTS = re.compile(r"(^|_)(n|num|moe_num)_(routed_|local_)?experts$")
+_EXPERTS_A_TOKEN = re.compile(r"experts_per_tok$|^top_k_experts$")
 _WIDTHS = re.compile(
     r"((hidden|intermediate|coordinate|shape)_size|(hidden|embed|proj|ffn|mlp)_dim|_width|n_embd|n_inner)$"
 )
@@ -57,8 +59,12 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
         name: _part(sub, _small_fields(sub, shallow, heads, factor)) for name, sub in parts.items()
     }
     depth = _depth(config, fields)
+    if any(_SHARED.search(name) for name, _ in _numbers(fields)):
+        depth += SHARED  # behind those that have one of each kind
     for name, value in _numbers(fields):
-        if _LAYERS.search(name) and "feat_extract" not in name and shallow:
+        if _SHARED.search(name) and shallow:
+            small[name] = min(value, SHARED)
+        elif _LAYERS.search(name) and "feat_extract" not in name and shallow:
             small[name] = min(value, depth)
         elif _EXPERTS.search(name) and shallow:
             small[name] = min(value, EXPERTS)
@@ -70,8 +76,7 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, 4)
     if fields.get("vocab_size", 0) is None:
         small["vocab_size"] = VOCABULARY
-    if fields.get("num_experts_per_tok", 0) is None:
-        small["num_experts_per_tok"] = 2
+    small |= {name: 2 for name, value in fields.items() if value is None and _EXPERTS_A_TOKEN.search(name)}
     if shallow and (patch := _patch(fields)):
         small["image_size"] = min(fields["image_size"], 4 * patch)
     if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
@@ -118,12 +123,18 @@ def _depth(config: Any, fields: Mapping[str, Any]) -> int:
 def _part(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
     """A config inside another as fields: small, and with what the outer one chose for it."""
     usual = type(config)().to_dict()
-    chosen = {k: v for k, v in config.to_dict().items() if k not in usual or usual[k] != v}
+    chosen = {k: v for k, v in _labelled(config.to_dict()).items() if k not in usual or usual[k] != v}
     sizes = {value: small[name] for name, value in _numbers(config.to_dict()) if _LAYERS.search(name) and name in small}
     for name, value in chosen.items():
         if isinstance(value, (list, tuple)) and len(value) in sizes:  # one entry a layer
             chosen[name] = value[: sizes[len(value)]]
     return {**chosen, **small, "model_type": config.model_type}
+
+
+def _labelled(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without a number of labels that is None: configs give it out and do not take it."""
+    inner = {k: _labelled(v) if isinstance(v, dict) else v for k, v in fields.items()}
+    return {k: v for k, v in inner.items() if k not in ("num_labels", "num_classes") or v is not None}
 
 
 def _agree(config: Any, parts: Mapping[str, Any], small: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,15 @@ SMALL = 8
 
 
 def repair(default: Any, fields: dict[str, Any], error: Exception) -> bool:
-    """Gives values to the options that an error names and that nobody has given one. Whether there were any."""
-    values = {**default.to_dict(), **fields}
+    """Gives values to the options that an error names, or names in the code that failed. Whether there were any.
+
+    What nobody has given a value gets one; what "must match" another option is made to.
+    """
+    values = _merged(default.to_dict(), fields)
+    if found := re.search(r"\b(\w+) must match (\w+)", str(error)):
+        changed = _alike(values, found[1], found[2])
+        fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
+        return bool(changed)
     changes = {name: SMALL for name in re.findall(r"`(\w+)`", str(error)) if name in values and values[name] is None}
     if not changes:
         for config, name, value in _unset(error):
@@ -32,13 +40,17 @@ def repair(default: Any, fields: dict[str, Any], error: Exception) -> bool:
 def _unset(error: Exception) -> Iterator[tuple[Any, str, Any]]:
     """Configs with the options that are None in the lines that failed, innermost first, and values for these."""
     for frame, text in reversed(failing_lines(error)):
-        owners = {"config": frame.f_locals.get("config"), "self": frame.f_locals.get("self")}
+        module = frame.f_locals.get("self")
         for owner, name in re.findall(r"(\w*config|self)\.(\w+)", text):
-            config = frame.f_locals.get(owner, getattr(owners["self"], owner, None))
-            if owner == "self":  # an attribute of the module that was read from an option of that name
-                config = owners["config"]
-            if hasattr(config, "to_dict") and getattr(config, name, 0) is None:
-                yield config, name, _value(config, name, text)
+            config = frame.f_locals.get(owner, getattr(module, owner, None))
+            option = name
+            if owner == "self" and getattr(module, name, 0) is None:  # it was read from an option
+                config = frame.f_locals.get("config")
+                source = "".join(linecache.getlines(frame.f_code.co_filename)[frame.f_code.co_firstlineno - 1 :])
+                read = re.search(rf"self\.{name} = config\.(\w+)", source)
+                option = read[1] if read else name
+            if hasattr(config, "to_dict") and vars(config).get(option, 0) is None:
+                yield config, option, _value(config, option, text)
 
 
 def _value(config: Any, name: str, text: str) -> Any:
@@ -86,5 +98,14 @@ def _with_section(tree: dict[str, Any], section: list[int]) -> dict[str, Any]:
         if key == "rope_parameters" and isinstance(value, dict) and "mrope_section" not in value:
             found[key] = {**value, "mrope_section": section}
         elif isinstance(value, dict) and (inner := _with_section(value, section)):
+            found[key] = inner
+    return found
+
+
+def _alike(tree: dict[str, Any], name: str, other: str) -> dict[str, Any]:
+    """The parts of nested options that have two of these names and other values for them, with one value."""
+    found = {name: tree[other]} if name in tree and other in tree and tree[name] != tree[other] else {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and (inner := _alike(value, name, other)):
             found[key] = inner
     return found

@@ -154,6 +154,10 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
         for name, shape in shapes.items():
             if shape[-2:] == (a, b):
                 yield name, (*shape[:-2], *wanted_size)
+    elif found := re.search(r"size (\d+)x(\d+) is too small", message):
+        for name, shape in shapes.items():
+            if shape[-2:] == (int(found[1]), int(found[2])):
+                yield name, (*shape[:-2], 4 * shape[-2], 4 * shape[-1])
     elif found := re.search(
         r"tensor a \((\d+)\) must match .* tensor b \((\d+)\) at non-singleton dimension (\d)", message
     ):
@@ -162,6 +166,12 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
             shape = shapes[name]
             for got_size, size in ((one, other), (other, one)):
                 if axis < len(shape) and shape[axis] == got_size:
+                    yield name, (*shape[:axis], size, *shape[axis + 1 :])
+    elif found := re.search(r"Expected size (\d+) but got size (\d+)", message):
+        for name, shape in shapes.items():
+            for got_size, size in ((int(found[1]), int(found[2])), (int(found[2]), int(found[1]))):
+                if got_size in shape[1:]:
+                    axis = shape.index(got_size, 1)
                     yield name, (*shape[:axis], size, *shape[axis + 1 :])
     elif found := re.search(r"shape `?\(batch_size, (\d+)\).*\[\d+, (\d+)\]", message):  # patches, in all
         scale = math.isqrt(int(found[1]) // max(1, int(found[2])))

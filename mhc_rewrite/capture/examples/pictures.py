@@ -82,7 +82,8 @@ class Pictures(Base):
         if any("aspect_ratio" in n for n in self.known):
             return [*tiled, *flat, *several]
         if self.parts.look("image", "num_frames") and not self.parts.look("image", "image_size_videos"):
-            return [*clips, *flat, *several]
+            frames = self.parts.number("video", "num_frames", default=FRAMES)
+            return [*clips, *(noise(BATCH * frames, channels, *size) for size in sizes), *flat, *several]
         return [*flat, *several, *tiled, *as_patches, *padded, *clips[:1]]
 
     def videos(self, name: str, call: Call) -> list[Any]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.capture.examples.arguments import Arguments
+from mhc_rewrite.capture.examples.calls import random_generator
 from mhc_rewrite.capture.examples.images import of_images
-from mhc_rewrite.capture.examples.search import random_generator, search
+from mhc_rewrite.capture.examples.search import search
 from mhc_rewrite.errors import ExampleInputsError
 
 _BATCH, _LENGTH = 2, 8
@@ -40,6 +41,10 @@ def example_call(
 
 def _derived(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     errors: list[str] = []
+    if getattr(type(model), "forward", None) is nn.Module.forward:
+        parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
+        advice = f" Convert what it runs, for instance mhcify(model.{parts[0]})." if parts else ""
+        raise ExampleInputsError(f"{type(model).__name__} has no forward: other methods of it run its parts.{advice}")
     if _of_transformers(model):
         arguments = Arguments(model)
         found, errors = search(model, arguments.starts(), arguments)

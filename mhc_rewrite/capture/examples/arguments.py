@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.capture.examples.base import BATCH, FRAMES, LENGTH, noise
+from mhc_rewrite.capture.examples.calls import Call, random_generator
 from mhc_rewrite.capture.examples.pictures import Pictures
-from mhc_rewrite.capture.examples.search import Call, random_generator
 from mhc_rewrite.capture.examples.sounds import Sounds
 
 
@@ -60,7 +60,19 @@ class Arguments(Pictures, Sounds):
         for pattern, rule in _RULES:
             if re.search(pattern, name):
                 return [self._cast(value) for value in rule(self, name, call)]
-        return []
+        return [self._cast(value) for value in self._as_annotated(name, call)]
+
+    def _as_annotated(self, name: str, call: Call) -> list[Any]:
+        """What has a name that says nothing: by the type that the signature gives it."""
+        kind = self.annotated.get(name, "Tensor" if name in self.required else "")
+        if re.search(r"Long|Int", kind):
+            return self.small_ids(name, call)
+        if "BoolTensor" in kind:
+            return self.text_mask(name, call)
+        if "Tensor" in kind:
+            return [*self.hidden(name, call), *self.small_ids(name, call)]
+        plain = {"bool": False, "int": 1, "float": 1.0}
+        return [value for word, value in plain.items() if re.search(rf"\b{word}\b", kind)][:1]
 
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -76,6 +88,8 @@ class Arguments(Pictures, Sounds):
         # The parts may have vocabularies of their own.
         vocabulary = min(self.parts.all("vocab_size") or [self.parts.number(kind, "num_tokens", default=8)])
         codebooks = self.parts.number("text", "num_codebooks", "n_codebooks", "audio_channels", default=0)
+        if not codebooks and not self.parts.look("image", "image_size", "patch_size"):  # channels of sound
+            codebooks = self.parts.number("text", "num_channels", default=0)
         if "decoder" in name:
             length = LENGTH // 2
         else:
@@ -148,8 +162,9 @@ class Arguments(Pictures, Sounds):
                 value = getattr(part, field, None)
                 if isinstance(value, int) and value > 0:
                     widths.append(value)
-        first = self.first_width()
-        widths = list(dict.fromkeys([*([first] if first else []), *widths])) or [16]
+        first = [width] if (width := self.first_width()) else []
+        widths = list(dict.fromkeys([*widths[:1], *first, *widths] if name.endswith("embeds") else [*first, *widths]))
+        widths = widths or [16]
         flat = [noise(BATCH, LENGTH, width) for width in widths[:4]]
         side = 8
         grids = [self.patches()] if any("grid" in other for other in call.names) else []
@@ -173,6 +188,9 @@ class Arguments(Pictures, Sounds):
     def one_number(self, name: str, call: Call) -> list[Any]:
         return [noise(BATCH).sigmoid(), 1, noise(1).sigmoid()]
 
+    def switched_off(self, name: str, call: Call) -> list[Any]:
+        return [False]
+
     def frames(self, name: str, call: Call) -> list[Any]:
         return [FRAMES, [1] * BATCH, torch.tensor([1] * BATCH)]
 
@@ -193,6 +211,7 @@ _WIDTHS = (
 
 _RULES: tuple[tuple[str, Callable[[Arguments, str, Call], list[Any]]], ...] = (
     (r"labels$(?<!input_labels)", lambda *_: []),
+    (r"^use_", Arguments.switched_off),
     (r"^(past|future)_(values|time_features|observed_mask)$|^observed_mask$|^past_values_padding$", Arguments.series),
     (r"^static_", Arguments.static),
     (r"grid_(thw|hw|tchw)$|^patches_grid$", Arguments.grid),

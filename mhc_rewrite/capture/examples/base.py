@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_rewrite.capture.examples.calls import Call, chosen, random_generator
 from mhc_rewrite.capture.examples.parts import Parts
-from mhc_rewrite.capture.examples.search import Call, chosen, random_generator
 
 BATCH, LENGTH = 2, 8
 FRAMES, GRID, SAMPLES = 2, 4, 2048
 
-_INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|cache|past_key_values|labels?$(?<!input_labels)")
+_INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|(?<!use_)cache|past_key_values|labels?$(?<!input_labels)")
+_NEVER = re.compile(r"cache|past_key_values|labels?$")
 
 
 class Base:
@@ -24,9 +25,13 @@ class Base:
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(p.kind is p.VAR_KEYWORD for p in parameters) and hasattr(model.config, "use_cache"):
+            plain.append(inspect.Parameter("use_cache", inspect.Parameter.KEYWORD_ONLY, default=None))
         # What could be given instead of the inputs themselves is left out.
         self.known = [p.name for p in plain if p.default is p.empty or not _INSTEAD.search(p.name)]
+        self.instead = [p.name for p in plain if p.name not in self.known and not _NEVER.search(p.name)]
         self.required = [p.name for p in plain if p.default is p.empty]
+        self.annotated = {p.name: str(p.annotation) for p in plain if p.annotation is not p.empty}
         self.parts = Parts(model.config)
         tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device = tensor.device if tensor is not None else torch.device("cpu")
@@ -43,19 +48,17 @@ class Base:
         return LENGTH
 
     def text_mask(self, name: str, call: Call) -> list[Any]:
-        return [torch.ones(BATCH, self.length(call), dtype=torch.long)]
+        mask = torch.ones(BATCH, self.length(call), dtype=torch.long)
+        return [mask, mask.bool()]
 
     def frame_mask(self, name: str, call: Call) -> list[Any]:
-        lengths = {
-            length
-            for other in call.names
-            if re.search(r"features$|values$", other)
-            if isinstance(value := chosen(self, other, call), Tensor)
-            for length in value.shape[1:]
-        }
-        return [torch.ones(BATCH, length, dtype=torch.long) for length in sorted(lengths, reverse=True)] or (
-            self.text_mask(name, call)
-        )
+        """As long as what it is the mask of, whichever of its axes is time."""
+        mine = [other for other in call.names if other != name and name.startswith(other)]
+        mine = mine or [other for other in call.names if re.search(r"features$|values$", other)]
+        shapes = [value.shape for other in mine if isinstance(value := chosen(self, other, call), Tensor)]
+        lengths = sorted({length for shape in shapes for length in shape[1:]}, reverse=True)
+        masks = [torch.ones(BATCH, length, dtype=torch.long) for length in lengths]
+        return [*masks, *(mask.bool() for mask in masks)] or self.text_mask(name, call)
 
     def first_width(self, inside: str = "") -> int | None:
         """What the first layer that has weights takes, of the parts that are named so."""

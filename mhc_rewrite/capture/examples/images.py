@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.examples.search import attempt, random_generator
+from mhc_rewrite.capture.call import as_now
+from mhc_rewrite.capture.examples.calls import random_generator
+from mhc_rewrite.capture.examples.search import attempt
 
 _BATCH, _FRAMES = 2, 8
 
@@ -28,7 +30,7 @@ def of_images(model: nn.Module) -> tuple[Any, ...] | None:
     for size in dict.fromkeys(_sizes(model)):
         one = picture(_BATCH, *size)
         for args in ((one,), ([*one.sigmoid()],), (one, one.flip(0))):
-            if attempt(model, args, {}) is None:
+            if attempt(model, as_now(args), {}) is None:
                 return args
             tried.append(args)
     return tried[0] if tried else None

@@ -30,12 +30,12 @@ class Parts:
 
     def look(self, kind: str, *names: str, default: Any = None) -> Any:
         """The first of `names` that a part has and that is not None."""
-        for part in self.of(kind):
-            for name in names:
-                value = getattr(part, name, None)
-                if value is not None and not callable(value):
-                    return value
-        return default
+        return next(iter(self.every(kind, *names)), default)
+
+    def every(self, kind: str, *names: str) -> list[Any]:
+        """What the parts have by these names that is not None."""
+        values = (getattr(part, name, None) for part in self.of(kind) for name in names)
+        return [value for value in values if value is not None and not callable(value)]
 
     def number(self, kind: str, *names: str, default: int) -> int:
         """As `look`, for a positive number; of a list the last."""

@@ -9,25 +9,29 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.capture.examples.base import BATCH, FRAMES, GRID, LENGTH, Base, noise
-from mhc_rewrite.capture.examples.search import Call
+from mhc_rewrite.capture.examples.calls import Call
 
 
 class Pictures(Base):
     """Arguments about what is seen."""
 
-    def _sizes(self, name: str = "") -> list[tuple[int, int]]:
-        size = self.parts.look("image", "image_size", "img_size", "input_size")
+    def _sizes(self, name: str, call: Call) -> list[tuple[int, int]]:
+        """Sizes of pictures: those that the config states, and small ones, first where nothing depends on the size."""
+        stated: list[tuple[int, int]] = []
+        sizes = self.parts.every("image", "image_size", "img_size", "input_size")
         if prefix := name.removesuffix("pixel_values"):  # high_res_pixel_values: of high_res_vision_config
-            own = (getattr(part, "image_size", None) for named, part in self.parts.named if named.startswith(prefix))
-            size = next((one for one in own if one is not None), size)
-        patch = self._patch()
-        if isinstance(size, dict):
-            size = (size.get("height", 32), size.get("width", 32))
-        if isinstance(size, int) and size > 0:
-            size = (size, size)
-        usual = (max(64, 4 * patch),) * 2
-        stated = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 else []
-        return list(dict.fromkeys([*stated, usual, (224, 224)]))
+            own = [getattr(part, "image_size", None) for named, part in self.parts.named if named.startswith(prefix)]
+            sizes = [*own, *sizes]
+        for size in sizes:
+            if isinstance(size, dict):
+                size = (size.get("height", 32), size.get("width", 32))
+            if isinstance(size, int) and size > 0:
+                size = (size, size)
+            if isinstance(size, (list, tuple)) and len(size) == 2:
+                stated.append((int(size[0]), int(size[1])))
+        small = (max(64, 4 * self._patch()),) * 2
+        alone = "input_ids" not in call.names and bool(stated) and stated[0][0] >= 2 * small[0]
+        return list(dict.fromkeys([small, *stated] if alone else [*stated[:1], small, *stated[1:], (224, 224)]))[:3]
 
     def _patch(self) -> int:
         patch = self.parts.look("image", "patch_size", "patch_sizes", "spatial_patch_size", default=16)
@@ -53,15 +57,16 @@ class Pictures(Base):
         return noise(BATCH * frames * height * width, self._channels() * temporal * self._patch() ** 2)
 
     def images(self, name: str, call: Call) -> list[Any]:
-        channels, sizes, patch = self._channels(), self._sizes(name), self._patch()
+        channels, sizes, patch = self._channels(), self._sizes(name, call), self._patch()
         flat = [noise(BATCH, channels, *size) for size in sizes]
         height, width = self._grid()
-        rows = channels * patch**2
+        rows, merge = channels * patch**2, self._merge()
         as_patches = [
             self.patches(),
             noise(BATCH * height * width, channels, patch, patch),
             noise(1, BATCH * height * width, channels, patch, patch),
             noise(1, BATCH * height * width, rows),
+            noise(BATCH * height * width, merge * patch, merge * patch, channels),
         ]
         padded = [noise(BATCH, height * width, rows)]
         several = [noise(BATCH, 1, channels, *size) for size in sizes]
@@ -70,16 +75,19 @@ class Pictures(Base):
         clips = self.videos(name, call)
         if any(re.search(r"grid|pixel_position_ids|image_position_ids", n) for n in call.names):
             return [*as_patches, *padded, *flat]
+        if "target_sizes" in call.names:  # the patches of all pictures side by side
+            return [noise(1, channels, patch, BATCH * height * width * patch), *as_patches, *flat]
         if any(re.search(r"spatial_shapes|pixel_attention_mask", n) for n in call.names):
             return [*padded, *as_patches, *several, *flat]
         if any("aspect_ratio" in n for n in self.known):
             return [*tiled, *flat, *several]
         if self.parts.look("image", "num_frames") and not self.parts.look("image", "image_size_videos"):
-            return [*clips, *flat, *several]
+            frames = self.parts.number("video", "num_frames", default=FRAMES)
+            return [*clips, *(noise(BATCH * frames, channels, *size) for size in sizes), *flat, *several]
         return [*flat, *several, *tiled, *as_patches, *padded, *clips[:1]]
 
     def videos(self, name: str, call: Call) -> list[Any]:
-        channels, sizes = self._channels(), self._sizes()
+        channels, sizes = self._channels(), self._sizes(name, call)
         frames = self.parts.number("video", "num_frames", "frames_per_clip", default=FRAMES)
         grids = [self.patches()] if any("grid" in n for n in call.names) else []
         return [
@@ -94,16 +102,17 @@ class Pictures(Base):
         return [torch.tensor([row] * BATCH)]
 
     def image_sizes(self, name: str, call: Call) -> list[Any]:
-        if "spatial" in name:
-            return [torch.tensor([self._grid()] * BATCH)]
-        return [torch.tensor([size] * BATCH) for size in self._sizes()]
+        grid = [torch.tensor([self._grid()] * BATCH)]
+        if "spatial" in name or "target" in name:
+            return grid
+        return [torch.tensor([size] * BATCH) for size in self._sizes(name, call)]
 
     def pixel_mask(self, name: str, call: Call) -> list[Any]:
         height, width = self._grid()
         if any(name == other + "_mask" for other in call.names):
             return self.frame_mask(name, call)
-        masks = [torch.ones(BATCH, *size, dtype=torch.long) for size in self._sizes()]
-        several = [torch.ones(BATCH, 1, *size, dtype=torch.bool) for size in self._sizes()]
+        masks = [torch.ones(BATCH, *size, dtype=torch.long) for size in self._sizes(name, call)]
+        several = [torch.ones(BATCH, 1, *size, dtype=torch.bool) for size in self._sizes(name, call)]
         tiles = torch.ones(BATCH, 1, dtype=torch.bool)
         return [*masks, torch.ones(BATCH, height * width, dtype=torch.long), *several, tiles]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mhc_rewrite.capture.examples.base import BATCH, LENGTH, SAMPLES, Base, noise
-from mhc_rewrite.capture.examples.search import Call, random_generator
+from mhc_rewrite.capture.examples.calls import Call, random_generator
 
 
 class Sounds(Base):

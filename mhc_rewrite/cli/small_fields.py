@@ -1,0 +1,241 @@
+"""The fields of a config, small: fewer words, layers, experts and heads, and what hangs together still does."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 4, 512, 16, 128
+MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED = 12, 64, 4, 2
+Heads = int | None | Literal["evenly"]
+
+_LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
+_SHARED = re.compile(r"kv_shared_layers$")  # whose keys are those of layers before them
+_HEADS = re.compile(r"(^|_)(n_heads?|num_heads|attention_heads)$")
+_KV_HEADS = re.compile(r"(^|_)(key_value_heads|kv_heads|head_kv|kv_n_heads)$")
+_EXPERTS = re.compile(r"(^|_)(n|num|moe_num)_(routed_|local_)?experts$")
+_EXPERTS_A_TOKEN = re.compile(r"experts_per_tok$|^top_k_experts$")
+_WIDTHS = re.compile(
+    r"((hidden|intermediate|coordinate|shape)_size|(hidden|embed|proj|ffn|mlp)_dim|_width|n_embd|n_inner)$"
+)
+_WIDTH_NAMES = ("d_model", "d_ff", "dim", "emb_dim", "embedding_size", "ffn_hidden_size")
+_VOCABULARY = re.compile(r"^vocab_size$|_vocab$")
+_LAYER_TYPES = re.compile(r"layers?_(block_)?types?$|^layers_block_type$|^layer_kinds$")
+_MAIN_WIDTHS = ("hidden_size", "d_model", "hidden_dim", "embed_dim", "n_embd")
+_LANGUAGE = r"^(text|language|llm|thinker|decoder|lm)(_config|_model_config)?$"
+_HANDED_OVER = re.compile(
+    r"^(encoder|vision|image|audio|speech|text|llm|language|lm|decoder|backbone|cross_attention|qformer|out|output|input)"
+    r"_(hidden_size|hidden_dim|dim|embed_dim|d_model|width)$|^projection_dim$"
+)
+_TO_LANGUAGE = re.compile(r"^(out|output|text|llm|language|lm)_(hidden_size|hidden_dim|dim|embed_dim|d_model)$")
+_TOKEN_IDS = re.compile(r"_token_(id|index)$")
+_CLIP = re.compile(r"^(num_frames|frames_per_clip)$")
+_TAPPED = re.compile(r"hook_ids$|^out_indices$|feature_layers?$")
+_STAGES = ("depths", "hidden_sizes")
+_PLACEHOLDERS = re.compile(r"^(image|video|audio)_token_(id|index)$")
+_FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
+def small_fields(config: Any, *, shallow: bool = True, heads: Heads = HEADS) -> dict[str, Any]:
+    """Keyword arguments that make a config of the same class small.
+
+    Fewer words; with `shallow` fewer layers and experts; with `heads` no more heads than those. What one head has is
+    left as it is, and every width shrinks in proportion to the heads: relations like `heads * head_dim == expand *
+    hidden_size` hold. With `heads="evenly"` all shrinks by one factor, in all parts: so do relations between parts.
+    """
+    return _small_fields(config, shallow, heads, _factor(config))
+
+
+def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict[str, Any]:
+    fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    parts = {
+        name: sub
+        for name in getattr(type(config), "sub_configs", {})
+        if (sub := getattr(config, name, None)) is not None and hasattr(sub, "to_dict")
+    }
+    small: dict[str, Any] = {
+        name: _part(sub, _small_fields(sub, shallow, heads, factor)) for name, sub in parts.items()
+    }
+    depth = _depth(config, fields)
+    if any(_SHARED.search(name) for name, _ in _numbers(fields)):
+        depth += SHARED  # behind those that have one of each kind
+    for name, value in _numbers(fields):
+        if _SHARED.search(name) and shallow:
+            small[name] = min(value, SHARED)
+        elif _LAYERS.search(name) and "feat_extract" not in name and shallow:
+            small[name] = min(value, depth)
+        elif _EXPERTS.search(name) and shallow:
+            small[name] = min(value, EXPERTS)
+        elif _VOCABULARY.search(name):
+            small[name] = min(value, VOCABULARY)
+        elif name == "max_source_positions" and shallow:
+            small[name] = min(value, FRAMES)
+        elif shallow and (name.endswith("tokens_per_image") or _CLIP.search(name)):
+            small[name] = min(value, 4)
+    if fields.get("vocab_size", 0) is None:
+        small["vocab_size"] = VOCABULARY
+    small |= {name: 2 for name, value in fields.items() if value is None and _EXPERTS_A_TOKEN.search(name)}
+    if shallow and (patch := _patch(fields)):
+        small["image_size"] = min(fields["image_size"], 4 * patch)
+    if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
+        small["max_length"] = min(longest, 2 * FRAMES)
+    if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
+        small["depths"] = [min(depth, 2) for depth in depths]
+    if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):
+        small["per_layer_config"] = {key: value for key, value in of_layers.items() if int(key) < depth}
+    if heads is not None:
+        small |= _narrow_fields(config, fields, heads, factor)
+    for name, value in fields.items():  # numbers of layers whose states are read
+        if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
+            small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
+    for part, inner in parts.items():  # pictures that are cut into ones of a part's size
+        if isinstance(size := fields.get("patch_size"), int) and size == getattr(inner, "image_size", None):
+            small["patch_size"] = small[part].get("image_size", size)
+    if heads != "evenly":
+        _agree(config, parts, small)
+    if words := small.get("vocab_size", _words(small)):
+        small |= _token_ids(fields, words)
+    return small
+
+
+def _patch(fields: Mapping[str, Any]) -> int | None:
+    """The patch into which a picture is cut, where it is cut once: a pyramid needs a size that it can halve."""
+    patch = fields.get("patch_size", fields.get("tubelet_size"))
+    if isinstance(patch, (list, tuple)) and patch:
+        patch = patch[-1]
+    whole = isinstance(patch, int) and isinstance(fields.get("image_size"), int)
+    return patch if whole and not any(name in fields for name in _STAGES) else None
+
+
+def _depth(config: Any, fields: Mapping[str, Any]) -> int:
+    """How many layers have one of each kind: a hybrid's first layers may all be of one."""
+    depth = LAYERS
+    layers = {value for name, value in _numbers(fields) if _LAYERS.search(name)}
+    for name in (name for name in dir(config) if _LAYER_TYPES.search(name)):
+        kinds = getattr(config, name)
+        if isinstance(kinds, (list, tuple)) and len(kinds) in layers and all(isinstance(kind, str) for kind in kinds):
+            depth = max(depth, *(kinds.index(kind) + 1 for kind in kinds))
+    return min(depth, MOST_LAYERS)
+
+
+def _part(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
+    """A config inside another as fields: small, and with what the outer one chose for it."""
+    usual = type(config)().to_dict()
+    chosen = {k: v for k, v in _labelled(config.to_dict()).items() if k not in usual or usual[k] != v}
+    sizes = {value: small[name] for name, value in _numbers(config.to_dict()) if _LAYERS.search(name) and name in small}
+    for name, value in chosen.items():
+        if isinstance(value, (list, tuple)) and len(value) in sizes:  # one entry a layer
+            chosen[name] = value[: sizes[len(value)]]
+    return {**chosen, **small, "model_type": config.model_type}
+
+
+def _labelled(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without a number of labels that is None: configs give it out and do not take it."""
+    inner = {k: _labelled(v) if isinstance(v, dict) else v for k, v in fields.items()}
+    return {k: v for k, v in inner.items() if k not in ("num_labels", "num_classes") or v is not None}
+
+
+def _agree(config: Any, parts: Mapping[str, Any], small: dict[str, Any]) -> None:
+    """The widths at which one part of a config hands over to another.
+
+    What had the width of another part has it again; what leads to the language model has its width.
+    """
+    changed: dict[int, int] = {}
+    width: int | None = None
+    for name, whole, fields in (*((n, parts[n], small[n]) for n in parts), ("", config, small)):
+        for field in _MAIN_WIDTHS:
+            if isinstance(before := getattr(whole, field, None), int) and isinstance(fields.get(field), int):
+                changed.setdefault(before, fields[field])
+                if re.search(_LANGUAGE, name) or (not name and width is None):
+                    width = fields[field]
+                break
+    for whole, fields in (*((parts[n], small[n]) for n in parts), (config, small)):
+        for field, before in _numbers(whole.to_dict()):
+            if (
+                width is not None
+                and fields is not small
+                and (re.search(_TO_LANGUAGE, field) or (field == "hidden_size" and hasattr(whole, "embed_dim")))
+            ):
+                fields[field] = width
+            elif before in changed and re.search(_HANDED_OVER, field):
+                fields[field] = changed[before]
+
+
+def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    return ((k, v) for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0)
+
+
+def _words(small: Mapping[str, Any]) -> int | None:
+    nested = (v.get("vocab_size") for v in small.values() if isinstance(v, dict))
+    return next((words for words in nested if words), None)
+
+
+def _factor(config: Any) -> int:
+    """The power of two that divides the heads of all parts."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(type(config), "sub_configs", {}))]
+    heads = [value for part in parts if hasattr(part, "to_dict") for name, value in _numbers(part.to_dict())
+             if _HEADS.search(name) and value > 1]  # fmt: skip
+    return math.gcd(MOST_ALIKE, *heads)
+
+
+def _narrow_fields(config: Any, fields: Mapping[str, Any], most: Heads, factor: int) -> dict[str, Any]:
+    """Heads and widths; none for a pyramid, whose widths and heads are lists: those are small enough."""
+    aliases = getattr(config, "attribute_map", {})
+    if any(isinstance(fields.get(name), (list, tuple)) for name in (*_STAGES, "num_heads", "embed_dim")):
+        return {}
+    width = fields.get(aliases.get("hidden_size", "hidden_size"))
+    heads = fields.get(aliases.get("num_attention_heads", "num_attention_heads"), fields.get("num_heads"))
+    if not isinstance(most, int):
+        heads = heads if isinstance(heads, int) else 0
+        return _scaled(fields, 1, factor, max(1, heads // factor), heads)
+    if not isinstance(width, int) or width <= WIDTH:
+        return {}
+    if not isinstance(heads, int) or heads <= 1 or width % heads:
+        narrow = _scaled(fields, WIDTH, width, None, None)
+        if fields.get("head_dim") is None and WIDTH % narrow.get("num_attention_heads", 1):
+            narrow["num_attention_heads"] = HEADS
+        return narrow
+    # Two heads rather than four where one head alone is wide, as in Gemma.
+    few = min(heads, most if width // heads <= WIDTH else most // 2)
+    narrow = _scaled(fields, few, heads, few, heads)
+    # Left open by default, and some models read them as they are.
+    missing = {"head_dim": width // heads, "num_key_value_heads": few}
+    return narrow | {name: value for name, value in missing.items() if name in fields and fields[name] is None}
+
+
+def _scaled(
+    fields: Mapping[str, Any], numerator: int, denominator: int, few: int | None, heads: int | None
+) -> dict[str, Any]:
+    """Widths times a ratio, and heads, of which there were `heads` and are `few`, where their number is known."""
+    narrow: dict[str, Any] = {}
+    evenly = numerator == 1
+    for name, value in _numbers(fields):
+        if _KV_HEADS.search(name):
+            least = min(2, few or numerator)
+            narrow[name] = value if value == 1 else few or numerator if value == heads else least
+        elif _HEADS.search(name):
+            narrow[name] = value if heads is None else max(1, value * numerator // denominator)
+        elif name.endswith("n_groups"):
+            narrow[name] = min(value, few or numerator)
+        elif name.endswith("width") and name.removesuffix("width") + "height" in fields:
+            continue  # of a picture
+        elif (_WIDTHS.search(name) or name in _WIDTH_NAMES or (evenly and _HANDED_OVER.search(name))) and value > 8:
+            exact = value * numerator / denominator
+            narrow[name] = int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)
+    return narrow
+
+
+def _token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:
+    """Ids of special tokens that lie beyond the smaller vocabulary, brought inside it, each its own."""
+    ids: dict[str, Any] = {}
+    free = words - 1
+    for name, value in fields.items():
+        if value is None and _PLACEHOLDERS.search(name):
+            value = words
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if _TOKEN_IDS.search(name) and isinstance(first, int) and first >= words:
+            ids[name] = _FIRST_IDS.get(name, free)
+            free -= name not in _FIRST_IDS
+    return ids

@@ -1,0 +1,111 @@
+"""What an error says of the fields of a config: what was left open, and what does not add up."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mhc_rewrite.capture.examples.lessons import failing_lines
+
+SMALL = 8
+
+
+def repair(default: Any, fields: dict[str, Any], error: Exception) -> bool:
+    """Gives values to the options that an error names, or names in the code that failed. Whether there were any.
+
+    What nobody has given a value gets one; what "must match" another option is made to.
+    """
+    values = _merged(default.to_dict(), fields)
+    if found := re.search(r"\b(\w+) must match (\w+)", str(error)):
+        changed = _alike(values, found[1], found[2])
+        fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
+        return bool(changed)
+    changes = {name: SMALL for name in re.findall(r"`(\w+)`", str(error)) if name in values and values[name] is None}
+    if not changes:
+        for config, name, value in _unset(error):
+            if type(config) is type(default):
+                changes[name] = value
+            for part, inner in vars(default).items():
+                if type(inner) is type(config) and isinstance(fields.get(part), dict):
+                    fields[part] = {**fields[part], name: value}
+                    return True
+            if changes:
+                break
+    fields |= changes
+    return bool(changes)
+
+
+def _unset(error: Exception) -> Iterator[tuple[Any, str, Any]]:
+    """Configs with the options that are None in the lines that failed, innermost first, and values for these."""
+    for frame, text in reversed(failing_lines(error)):
+        module = frame.f_locals.get("self")
+        for owner, name in re.findall(r"(\w*config|self)\.(\w+)", text):
+            config = frame.f_locals.get(owner, getattr(module, owner, None))
+            option = name
+            if owner == "self" and getattr(module, name, 0) is None:  # it was read from an option
+                config = frame.f_locals.get("config")
+                source = "".join(linecache.getlines(frame.f_code.co_filename)[frame.f_code.co_firstlineno - 1 :])
+                read = re.search(rf"self\.{name} = config\.(\w+)", source)
+                option = read[1] if read else name
+            if hasattr(config, "to_dict") and vars(config).get(option, 0) is None:
+                yield config, option, _value(config, option, text)
+
+
+def _value(config: Any, name: str, text: str) -> Any:
+    """A number, or, for what is looked up by layer, the same for all layers: what it is compared with."""
+    if f"{name}[" in text and (literal := re.search(r"[=!]= *[\"'](\w+)[\"']", text)):
+        return [literal[1]] * config.num_hidden_layers
+    return SMALL
+
+
+def repair_split(default: Any, fields: dict[str, Any], message: str) -> bool:
+    """Scales a list of sizes to the sum that a split wants. Whether some option is that list."""
+    found = re.search(r"split_sizes to sum exactly to (\d+) .*split_sizes=\[([\d, ]+)\]", message)
+    if found is None:
+        return False
+    total, sizes = int(found[1]), [int(size) for size in found[2].split(",")]
+    scaled = [size * total // sum(sizes) for size in sizes]
+    scaled[-1] += total - sum(scaled)
+    options = _merged(default.to_dict(), fields)
+    changed = _replaced(options, sizes, scaled) or _with_section(options, scaled)
+    fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
+    return bool(changed)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return above
+
+
+def _replaced(tree: dict[str, Any], old: list[int], new: list[int]) -> dict[str, Any]:
+    """The parts of nested options that hold a list, with another in its place; other options beside it stay."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, (list, tuple)) and list(value) == old:
+            found[key] = new
+        elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
+            found[key] = {**value, **inner} if key == "rope_parameters" else inner
+    return found
+
+
+def _with_section(tree: dict[str, Any], section: list[int]) -> dict[str, Any]:
+    """The parts of nested options about rotary embeddings, with sections that were left to the model."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key == "rope_parameters" and isinstance(value, dict) and "mrope_section" not in value:
+            found[key] = {**value, "mrope_section": section}
+        elif isinstance(value, dict) and (inner := _with_section(value, section)):
+            found[key] = inner
+    return found
+
+
+def _alike(tree: dict[str, Any], name: str, other: str) -> dict[str, Any]:
+    """The parts of nested options that have two of these names and other values for them, with one value."""
+    found = {name: tree[other]} if name in tree and other in tree and tree[name] != tree[other] else {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and (inner := _alike(value, name, other)):
+            found[key] = inner
+    return found

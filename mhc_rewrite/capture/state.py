@@ -134,7 +134,7 @@ def _put_back(roots: tuple[nn.Module, ...]) -> Iterator[None]:
 
 def versions(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Which tensor each buffer is, by path, and how often it was written to; an inference tensor does not say."""
-    return {path: version(buffer) for path, buffer in module.named_buffers(remove_duplicate=False)}
+    return {path: (id(buffer), version(buffer)) for path, buffer in module.named_buffers(remove_duplicate=False)}
 
 
 def changed_since(module: nn.Module, before: dict[str, tuple[int, int]]) -> tuple[str, ...]:

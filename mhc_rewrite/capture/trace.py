@@ -60,8 +60,11 @@ def trace(
     try:
         tracer = ModuleTracer(module, name, inlined, answers)
         captured = tracer.run(forward, bound, shape)
+        while tracer.made.unknown - tracer.made.kinds:
+            tracer = ModuleTracer(module, name, inlined, answers, tracer.made.kinds | tracer.made.unknown)
+            captured = tracer.run(forward, bound, shape)
         if tracer.strays:
-            other = ModuleTracer(module, name, inlined, captured.outcomes)
+            other = ModuleTracer(module, name, inlined, captured.outcomes, tracer.made.kinds)
             other.run(forward, _other_content(bound), shape)
             if not _alike(tracer.strays, other.strays):
                 why = "it makes a tensor by other means than torch's functions, where a graph can't follow"

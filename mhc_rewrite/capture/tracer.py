@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import enum
 import itertools
@@ -24,9 +23,11 @@ from mhc_rewrite.capture.children import ChildWatch
 from mhc_rewrite.capture.decisions import decided, lasting_change, sized_by_content
 from mhc_rewrite.capture.functions import FunctionMode, call_argument, calls_seen, is_opaque
 from mhc_rewrite.capture.graph import Guard, InlinedCall, ModuleGraph, has_effects, origin
-from mhc_rewrite.capture.reads import attributes_of, same, value_at
+from mhc_rewrite.capture.made import MadeObjects
+from mhc_rewrite.capture.reads import attributes_of
 from mhc_rewrite.capture.record import frames_within, user_line
 from mhc_rewrite.capture.state import changed_since, versions
+from mhc_rewrite.capture.stores import Stores
 from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.capture.values import TRACED, TracedTensor, TracedValue, real
 from mhc_rewrite.capture.watch import Watch
@@ -46,10 +47,14 @@ _CONCRETE = (bool, str, torch.dtype, torch.device, torch.layout, torch.memory_fo
 class ModuleTracer(fx.Tracer):
     """One capture. `inlined` are the modules, besides the carrier, whose forwards are part of it.
 
-    The first questions about content get `answers`; further ones what is true of the example.
+    The first questions about content get `answers`; further ones what is true of the example. Objects of the `kinds`
+    that the forward makes are made by the graph.
     """
 
-    def __init__(self, module: nn.Module, name: str, inlined: set[nn.Module], answers: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, inlined: set[nn.Module], answers: tuple[Any, ...] = (),
+        kinds: frozenset[type] = frozenset(),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.root, self.module_name, self.inlined, self.answers = module, name, inlined, answers
         self.graph = fx.Graph(tracer_cls=type(self))
@@ -68,6 +73,7 @@ class ModuleTracer(fx.Tracer):
         self.refused: CaptureError | None = None
         self.kept: list[Any] = []
         self.sums = Sums(real)
+        self.made = MadeObjects(self, kinds)
 
     # -- what the forward sees ---------------------------------------------------------------------------------------
 
@@ -81,12 +87,11 @@ class ModuleTracer(fx.Tracer):
         key, held = flatten(given)
         self.context = self._context()
         modules = [self.root, *self.inlined]
-        before = [dict(module.__dict__) for module in modules]
-        buffers = [dict(module._buffers) for module in modules]
+        stores = Stores(self, modules)
         self.watch = Watch(self, forward)
         written = versions(self.root)
         try:
-            with self.watch, calls_seen(self):
+            with self.watch, calls_seen(self), self.made.watched():
                 result = forward(self.root, *args, **kwargs)
                 self.shadowing = True
                 self.watch.check_numpy()
@@ -100,16 +105,12 @@ class ModuleTracer(fx.Tracer):
                     args, kwargs = shape.unbind(bound)
                     forward(self.root, *args, **kwargs)
 
-                self._refuse_changes(modules, before, again)
-                self._store_buffers(modules, buffers)
+                stores.refuse_changes(again)
+                stores.keep_buffers()
                 self.graph.output(self.create_arg(result))
                 self.captured.reads = self.watch.reads()
         finally:
-            for module, attributes, held in zip(modules, before, buffers, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-                module._buffers.clear()
-                module._buffers.update(held)
+            stores.put_back()
         self.graph.eliminate_dead_code(is_impure_node=has_effects)
         self.captured.constants = tuple(value for _, value in self.constants.values())
         self.captured.written = changed_since(self.root, written)
@@ -331,7 +332,7 @@ class ModuleTracer(fx.Tracer):
             return self.graph.call_function(type(a), tuple(self.create_arg(item) for item in a))
         if isinstance(a, (tuple, list, dict, slice, range)):
             return super().create_arg(a)
-        return self._constant(a)
+        return self.made.node(a) or self._constant(a)
 
     def _tensor(self, tensor: Tensor) -> fx.Node:
         """A tensor that no node made: read anew where it is an attribute, and guarded where it is elsewhere."""
@@ -462,48 +463,6 @@ class ModuleTracer(fx.Tracer):
     def _check_context(self, source: SourceLine | None) -> None:
         if self._context() != self.context:
             self.refuse("it switches autocast on or off inside, which a graph would lose", source)
-
-    def _refuse_changes(self, modules: list[nn.Module], before: list[dict[str, Any]], again: Callable[[], Any]) -> None:
-        """A graph stores nothing. Plain values that settle, as a window that is cut to the image's size does, need no
-        storing: the graph has them built in."""
-        after = [dict(module.__dict__) for module in modules]
-        stored = [
-            (name, new.get(name))
-            for old, new in zip(before, after, strict=True)
-            for name in new
-            if name not in old or old[name] is not new[name]
-        ]
-        plain = all(isinstance(value, (bool, int, float, str, type(None))) for _, value in stored)
-        changed = self.watch.changed()
-        if self.watch.stored():
-            self.refuse("it stores a result in a list, a dict or an object, which a graph would not repeat", None)
-        if plain and (stored or changed):
-            now = [copy.deepcopy(value_at(self.root, read.root, read.steps)) for read in changed]
-            again()
-            if all(module.__dict__[name] == new[name] for module, new in zip(modules, after, strict=True)
-                   for name, _ in stored if name in new) and all(
-                same(value_at(self.root, read.root, read.steps), value)
-                for read, value in zip(changed, now, strict=True)
-            ):  # fmt: skip
-                self.watch.settled(changed)
-                return
-        if stored:
-            self.refuse(f"it stores {stored[0][0]!r} on the module, which a graph would not repeat", None)
-        if changed:
-            self.refuse(f"it changes {changed[0].steps[-1][1]!r}, which a graph would not repeat", None)
-
-    def _store_buffers(self, modules: list[nn.Module], before: list[dict[str, Any]]) -> None:
-        """What the forward has put in the place of buffers, the graph puts there at its end."""
-        for module, held in zip(modules, before, strict=True):
-            for name, value in module._buffers.items():
-                if value is held.get(name):
-                    continue
-                if module is not self.root and module not in self.paths:
-                    self.refuse(f"it stores {name!r} on a module outside of it, which a graph would not repeat", None)
-                path = "" if module is self.root else self.paths[module] + "."
-                owner = self.graph.get_attr(f"{path}_buffers")
-                store = self.graph.call_function(operator.setitem, (owner, name, self.create_arg(value)))
-                store.meta["effect"] = True
 
     def refuse(self, why: str, source: SourceLine | EllipsisType | None = ...) -> NoReturn:
         """Ends the capture, also where the forward's own code catches the error."""

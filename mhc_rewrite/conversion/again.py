@@ -45,11 +45,11 @@ class Beginning:
         torch.set_rng_state(self.torch)
         for device, state in zip(self.devices, self.cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
-        for part, name, buffer, version, before in self.buffers:
+        for part, name, buffer, seen, before in self.buffers:
             part._buffers[name] = buffer
             if before is not None:
                 buffer.copy_(before)
-            elif version(buffer) != version:
+            elif version(buffer) != seen:
                 raise UnsupportedModelError(
                     f"{type(part).__name__} has written to its buffer {name!r}, which it did not at the conversion, "
                     "before a branch on the content of a tensor went another way than so far. Such a call begins "

@@ -124,7 +124,7 @@ class Captures:
         asked = [node for node in graph.graph.nodes if node.target is decided]
         for index, (outcome, node) in enumerate(zip(graph.outcomes, asked, strict=True)):
             if not isinstance(outcome, bool):
-                continue
+                continue  # a text has no other
             answers = (*graph.outcomes[:index], not outcome)
             known = self.known_of(kind.module)
             try:

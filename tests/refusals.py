@@ -59,7 +59,7 @@ class Block(nn.Module):
 class Branching(Block):
     def forward(self, x: Tensor) -> Tensor:
         if x.abs().sum() > 1e9:
-            return x - self.branch(x)
+            return x
         return x + self.branch(x)
 
 

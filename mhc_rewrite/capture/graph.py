@@ -42,7 +42,8 @@ class ModuleGraph:
 
     Node metadata: `shape`, `dtype` (of tensors), `source` (SourceLine), `holder` (the inlined module that ran it,
     relative to the carrier), `serial` (when it ran), `calls` (the calls of inlined modules that it ran in), `mixes` and
-    `axes` (of child calls and opaque functions: what they do with each of their tensors), `storage`, `inplace`.
+    `axes` (of child calls and opaque functions: what they do with each of their tensors), `storage`, `inplace`,
+    `counted` (its size depends on what tensors contain).
 
     Attributes:
         module: the carrier's name.
@@ -50,6 +51,8 @@ class ModuleGraph:
         leaves: paths of the call's leaves, in the placeholders' order.
         constants: objects that the forward got from elsewhere.
         guards: conditions on sizes.
+        outcomes: what its questions about the content of tensors came to, in order; see decisions.py.
+        written: buffers that a call changes, by path.
         reads: plain values that its Python read, and where: it holds while they are the same.
         asks_dtype: whether the forward looked at a dtype.
         parameter_dtypes: the dtypes of parameters and buffers that it looked at, by path.
@@ -61,6 +64,8 @@ class ModuleGraph:
     leaves: tuple[str, ...] = ()
     constants: tuple[Any, ...] = ()
     guards: list[Guard] = field(default_factory=list)
+    outcomes: tuple[Any, ...] = ()
+    written: tuple[str, ...] = ()
     reads: tuple[Read, ...] = ()
     asks_dtype: bool = False
     parameter_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -74,6 +79,8 @@ def origin(node: fx.Node) -> str:
         node = todo.pop()
         if node.op == "placeholder":
             continue
+        if node.meta.get("counted"):
+            return "content"
         if "shape" in node.meta:
             found = "intermediate"
             continue
@@ -93,7 +100,7 @@ def is_structure(node: fx.Node) -> bool:
 
 def has_effects(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it."""
-    if node.op in ("placeholder", "output", "call_module") or node.meta.get("inplace") or node.meta.get("guard"):
+    if node.op in ("placeholder", "output", "call_module") or any(map(node.meta.get, ("inplace", "guard", "effect"))):
         return True
     # A method of an object that is no tensor, a cache say, or a function that the call was given.
     return bool(node.meta.get("on_object")) and node.target not in vocabulary.FORM

@@ -3,7 +3,7 @@
 The forward runs once on values that carry the real tensors of an example beside their graph node (values.py). So
 `None`, tuples, dtypes and ranks answer as in life, children are really called, and no Python of theirs has to be
 traceable. Sizes stay symbolic: they are nodes, and a branch on one becomes a guard of the captured variant. A branch on
-a tensor's content is an error. What else Python reads is guarded or refused (watch.py).
+a tensor's content is asked again in the graph (decisions.py). What else Python reads is guarded or refused (watch.py).
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def _alike(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 def trace(
-    module: nn.Module, name: str, forward: Callable[..., Any], bound: dict[str, Any], inlined: set[nn.Module]
-) -> ModuleGraph:
+    module: nn.Module, name: str, forward: Callable[..., Any], bound: dict[str, Any], inlined: set[nn.Module],
+    answers: tuple[Any, ...] = (),
+) -> ModuleGraph:  # fmt: skip
     """Captures `forward(module, **bound)`. The caller protects the state (capture.state).
 
     Args:
@@ -50,16 +51,20 @@ def trace(
         forward: its original forward function.
         bound: arguments by name, as `CallShape.bind` gives them.
         inlined: descendants that are captured as part of it.
+        answers: to its first questions about the content of tensors.
 
     Raises:
         CaptureError: the forward does what a graph can't repeat, or failed on the example.
     """
     shape = CallShape.of(forward)
     try:
-        tracer = ModuleTracer(module, name, inlined)
+        tracer = ModuleTracer(module, name, inlined, answers)
         captured = tracer.run(forward, bound, shape)
+        while tracer.made.unknown - tracer.made.kinds:
+            tracer = ModuleTracer(module, name, inlined, answers, tracer.made.kinds | tracer.made.unknown)
+            captured = tracer.run(forward, bound, shape)
         if tracer.strays:
-            other = ModuleTracer(module, name, inlined)
+            other = ModuleTracer(module, name, inlined, captured.outcomes, tracer.made.kinds)
             other.run(forward, _other_content(bound), shape)
             if not _alike(tracer.strays, other.strays):
                 why = "it makes a tensor by other means than torch's functions, where a graph can't follow"

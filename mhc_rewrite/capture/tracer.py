@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import enum
 import itertools
@@ -21,10 +20,14 @@ from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.assertions import only_checks
 from mhc_rewrite.capture.call import CallShape, copied, flatten, replace_leaves
 from mhc_rewrite.capture.children import ChildWatch
+from mhc_rewrite.capture.decisions import decided, lasting_change, sized_by_content
 from mhc_rewrite.capture.functions import FunctionMode, call_argument, calls_seen, is_opaque
 from mhc_rewrite.capture.graph import Guard, InlinedCall, ModuleGraph, has_effects, origin
-from mhc_rewrite.capture.reads import attributes_of, same, value_at
+from mhc_rewrite.capture.made import MadeObjects
+from mhc_rewrite.capture.reads import attributes_of
 from mhc_rewrite.capture.record import frames_within, user_line
+from mhc_rewrite.capture.state import changed_since, versions
+from mhc_rewrite.capture.stores import Stores
 from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.capture.values import TRACED, TracedTensor, TracedValue, real
 from mhc_rewrite.capture.watch import Watch
@@ -35,16 +38,25 @@ from mhc_rewrite.torch_private import inside_function_transform
 _COMPARISONS = {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
 # Reads of an object that a call got: a guard may read them again.
 _READS = {getattr, operator.getitem}
+# Branches on content, of which each way may be a graph of its own.
+_MOST_DECISIONS = 32
 _MODULE_CALL = nn.Module.__call__
 _CONCRETE = (bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 
 class ModuleTracer(fx.Tracer):
-    """One capture. `inlined` are the modules, besides the carrier, whose forwards are part of it."""
+    """One capture. `inlined` are the modules, besides the carrier, whose forwards are part of it.
 
-    def __init__(self, module: nn.Module, name: str, inlined: set[nn.Module]) -> None:
+    The first questions about content get `answers`; further ones what is true of the example. Objects of the `kinds`
+    that the forward makes are made by the graph.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, inlined: set[nn.Module], answers: tuple[Any, ...] = (),
+        kinds: frozenset[type] = frozenset(),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.root, self.module_name, self.inlined = module, name, inlined
+        self.root, self.module_name, self.inlined, self.answers = module, name, inlined, answers
         self.graph = fx.Graph(tracer_cls=type(self))
         self.paths = {child: path for path, child in module.named_modules() if path}
         self.tensor_paths = {id(t): path for path, t in (*module.named_parameters(), *module.named_buffers())}
@@ -61,6 +73,7 @@ class ModuleTracer(fx.Tracer):
         self.refused: CaptureError | None = None
         self.kept: list[Any] = []
         self.sums = Sums(real)
+        self.made = MadeObjects(self, kinds)
 
     # -- what the forward sees ---------------------------------------------------------------------------------------
 
@@ -74,10 +87,11 @@ class ModuleTracer(fx.Tracer):
         key, held = flatten(given)
         self.context = self._context()
         modules = [self.root, *self.inlined]
-        before = [dict(module.__dict__) for module in modules]
+        stores = Stores(self, modules)
         self.watch = Watch(self, forward)
+        written = versions(self.root)
         try:
-            with self.watch, calls_seen(self):
+            with self.watch, calls_seen(self), self.made.watched():
                 result = forward(self.root, *args, **kwargs)
                 self.shadowing = True
                 self.watch.check_numpy()
@@ -91,16 +105,20 @@ class ModuleTracer(fx.Tracer):
                     args, kwargs = shape.unbind(bound)
                     forward(self.root, *args, **kwargs)
 
-                self._refuse_changes(modules, before, again)
+                stores.refuse_changes(again)
+                stores.keep_buffers()
                 self.graph.output(self.create_arg(result))
                 self.captured.reads = self.watch.reads()
         finally:
-            for module, attributes in zip(modules, before, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+            stores.put_back()
         self.graph.eliminate_dead_code(is_impure_node=has_effects)
         self.captured.constants = tuple(value for _, value in self.constants.values())
+        self.captured.written = changed_since(self.root, written)
         self._check_guards()
+        change = lasting_change(self.graph.nodes)
+        if change is not None:
+            why = "it branches on the content of a tensor after it has changed what lives longer than the call"
+            self.refuse(why, change.meta.get("source"))
         return self.captured
 
     def placeholder(self, path: str, value: Any) -> Any:
@@ -194,6 +212,7 @@ class ModuleTracer(fx.Tracer):
             if kind == "call_method" and type(args[0]) in TRACED:
                 node.meta["on_object"] = not isinstance(args[0].value, (Tensor, int, float))
             node.meta["on_object"] = node.meta.get("on_object", target is call_argument)
+            node.meta["counted"] = sized_by_content(node, [x.node for x in inputs if isinstance(x.value, int)])
             changed = self._written(kind, target, kwargs, inputs, value)
             if changed is not None:
                 node.meta["inplace"] = True
@@ -201,6 +220,8 @@ class ModuleTracer(fx.Tracer):
                 changed.node = node  # every name that the forward has for this tensor now means the result
                 return changed
             if isinstance(value, _CONCRETE) and (value is not None or target in _READS):
+                if origin(node) == "content" and isinstance(value, (bool, str)):
+                    return value if only_checks(source) else self._decision(node, value)
                 node.meta["guard"] = True
                 self.captured.guards.append(Guard(node, value))
                 return value
@@ -275,7 +296,9 @@ class ModuleTracer(fx.Tracer):
         if isinstance(item, _CONCRETE):
             return item
         getitem = self.graph.call_function(operator.getitem, (node, key))
-        getitem.meta.update(source=node.meta.get("source"), holder=self.holders[-1])
+        getitem.meta.update(
+            source=node.meta.get("source"), holder=self.holders[-1], counted=node.meta.get("counted", False)
+        )
         return self._wrap(getitem, item)
 
     def _describe(self, node: fx.Node, value: Any) -> None:
@@ -309,7 +332,7 @@ class ModuleTracer(fx.Tracer):
             return self.graph.call_function(type(a), tuple(self.create_arg(item) for item in a))
         if isinstance(a, (tuple, list, dict, slice, range)):
             return super().create_arg(a)
-        return self._constant(a)
+        return self.made.node(a) or self._constant(a)
 
     def _tensor(self, tensor: Tensor) -> fx.Node:
         """A tensor that no node made: read anew where it is an attribute, and guarded where it is elsewhere."""
@@ -344,20 +367,38 @@ class ModuleTracer(fx.Tracer):
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     def decide(self, traced: Any, convert: Callable[[Any], Any]) -> Any:
-        """A plain value for a traced one; a size's is guarded, a tensor's refused."""
+        """A plain value for a traced one: a size's is guarded, whether a tensor is true is asked again in the graph."""
         if isinstance(traced.value, Tensor):
+            with self.as_shadow():
+                value = convert(traced.value)
             if only_checks(user_line()):
-                with self.as_shadow():
-                    return convert(traced.value)
-            self.refuse("it branches on the content of a tensor")
+                return value
+            if convert is bool:
+                return self._decision(traced.node, value)
+            self.refuse("it takes a number from the content of a tensor to branch or to loop by")
         if not isinstance(traced.value, (int, float, bool)):
             return self._of_object(operator.truth, traced) if convert is bool else convert(traced.value)
         expected = traced.value
+        if origin(traced.node) == "content" and not only_checks(user_line()):
+            if convert is bool:
+                return self._decision(traced.node, bool(expected))
+            self.refuse("it takes a number from the content of a tensor to branch or to loop by")
         node = self.graph.call_function(operator.eq, (traced.node, expected))
         node.meta["source"] = user_line()
         node.meta["guard"] = True
         self.captured.guards.append(Guard(node, True))
         return convert(expected)
+
+    def _decision(self, node: fx.Node, value: bool | str) -> Any:
+        """What a branch on content sees, and the same question in the graph."""
+        index = len(self.captured.outcomes)
+        if index == _MOST_DECISIONS:
+            self.refuse(f"it branches on the content of tensors more than {index} times")
+        outcome = self.answers[index] if index < len(self.answers) else value
+        self.captured.outcomes += (outcome,)
+        asks = self.graph.call_function(decided, (node, index, outcome))
+        asks.meta.update(source=user_line(), holder=self.holders[-1], effect=True)
+        return outcome
 
     def unwrap_sized(self, traced: Any) -> Any:
         if isinstance(traced.value, Tensor):
@@ -390,9 +431,7 @@ class ModuleTracer(fx.Tracer):
             self.refuse(f"it decides by what {name}() of an object says, which may be something else next time", source)
         if isinstance(value, bool):
             form = name in vocabulary.FORM or target is getattr
-            if of_tensor and not form and not only_checks(source):
-                self.refuse("it branches on the content of a tensor", source)
-            return False
+            return of_tensor and not form and not only_checks(source)
         return value is None and target is not getattr
 
     def _check_guards(self) -> None:
@@ -424,35 +463,6 @@ class ModuleTracer(fx.Tracer):
     def _check_context(self, source: SourceLine | None) -> None:
         if self._context() != self.context:
             self.refuse("it switches autocast on or off inside, which a graph would lose", source)
-
-    def _refuse_changes(self, modules: list[nn.Module], before: list[dict[str, Any]], again: Callable[[], Any]) -> None:
-        """A graph stores nothing. Plain values that settle, as a window that is cut to the image's size does, need no
-        storing: the graph has them built in."""
-        after = [dict(module.__dict__) for module in modules]
-        stored = [
-            (name, new.get(name))
-            for old, new in zip(before, after, strict=True)
-            for name in new
-            if name not in old or old[name] is not new[name]
-        ]
-        plain = all(isinstance(value, (bool, int, float, str, type(None))) for _, value in stored)
-        changed = self.watch.changed()
-        if self.watch.stored():
-            self.refuse("it stores a result in a list, a dict or an object, which a graph would not repeat", None)
-        if plain and (stored or changed):
-            now = [copy.deepcopy(value_at(self.root, read.root, read.steps)) for read in changed]
-            again()
-            if all(module.__dict__[name] == new[name] for module, new in zip(modules, after, strict=True)
-                   for name, _ in stored if name in new) and all(
-                same(value_at(self.root, read.root, read.steps), value)
-                for read, value in zip(changed, now, strict=True)
-            ):  # fmt: skip
-                self.watch.settled(changed)
-                return
-        if stored:
-            self.refuse(f"it stores {stored[0][0]!r} on the module, which a graph would not repeat", None)
-        if changed:
-            self.refuse(f"it changes {changed[0].steps[-1][1]!r}, which a graph would not repeat", None)
 
     def refuse(self, why: str, source: SourceLine | EllipsisType | None = ...) -> NoReturn:
         """Ends the capture, also where the forward's own code catches the error."""

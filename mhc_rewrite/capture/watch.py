@@ -82,6 +82,7 @@ class Watch:
         self.functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self.visited: set[int] = set()
         self.thread = threading.get_ident()
+        self.handed: dict[int, Any] = {}
         self.numpy: dict[int, tuple[Any, bytes]] = {}  # generators, and where they were
         self.forward = forward
 
@@ -128,18 +129,27 @@ class Watch:
         kind: Any = type(thing)
         if not isinstance(thing, nn.Module) and hasattr(thing, "__dict__"):
             self.before.append((thing, dict(vars(thing))))
-        if kind in self.patched:
-            return
-        if not kind.__flags__ & _HEAP_TYPE or kind.__flags__ & _IMMUTABLE_TYPE or isinstance(thing, type):
+        if not self._patch(kind):
             self._all_of(thing, way)
-            return
+
+    def hand_on(self, thing: Any) -> None:
+        """An object that the forward has made is somebody else's from now on, to read and to change."""
+        self.handed[id(thing)] = thing
+        self._patch(type(thing))
+
+    def _patch(self, kind: Any) -> bool:
+        """Whether attributes of a class's objects are seen as they are read."""
+        if kind in self.patched:
+            return True
+        if not kind.__flags__ & _HEAP_TYPE or kind.__flags__ & _IMMUTABLE_TYPE or issubclass(kind, type):
+            return False
         before = vars(kind).get("__getattribute__")
         try:
             kind.__getattribute__ = self._watching(kind.__getattribute__)
         except TypeError:
-            self._all_of(thing, way)
-        else:
-            self.patched[kind] = before
+            return False
+        self.patched[kind] = before
+        return True
 
     def _watching(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         def __getattribute__(thing: Any, name: str) -> Any:
@@ -163,6 +173,9 @@ class Watch:
         return not is_machinery(sys._getframe(2).f_code.co_filename)
 
     def _attribute(self, thing: Any, name: str, value: Any) -> None:
+        if id(thing) in self.handed:
+            kind = type(thing).__name__
+            self.tracer.refuse(f"it asks a {kind} that it has made and handed on, and that others may have changed")
         known = self.owners.get(id(thing))
         if known is None:
             return

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.capture.call import CallShape, as_now, flatten, modules_in
+from mhc_rewrite.capture.decisions import decided
 from mhc_rewrite.capture.graph import ModuleGraph
 from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import undisturbed
@@ -106,9 +107,36 @@ class Captures:
                     self.by_kind[kind] = error
                     continue
                 self.known[like[0]] = learned(self.known.get(like[0], {}), captured[1].sites(), captured[1].refused)
+                try:
+                    self._check_other_ways(kind, bound, captured)
+                except CaptureError as error:
+                    self.by_kind[kind] = error
+                    continue
                 if not captured[0].constants:  # objects from elsewhere may belong to this very module
                     alike.append(captured)
             self.by_kind[kind] = captured
+
+    def _check_other_ways(self, kind: CallKind, bound: dict[str, Any], captured: Captured) -> None:
+        """Refuses a forward whose residual adds depend on what tensors contain: streams could not be linked."""
+        graph, residuals = captured
+        carrier = self.model.get_submodule(kind.module)
+        inlined = {self.model.get_submodule(part) for part in self.inlined[kind.module]}
+        asked = [node for node in graph.graph.nodes if node.target is decided]
+        for index, (outcome, node) in enumerate(zip(graph.outcomes, asked, strict=True)):
+            if not isinstance(outcome, bool):
+                continue  # a text has no other
+            answers = (*graph.outcomes[:index], not outcome)
+            known = self.known_of(kind.module)
+            try:
+                other = capture_forward(carrier, kind.module, bound, inlined, kind.training, None, known, answers)[1]
+                why = "" if _ways(other) == _ways(residuals) else "its residual adds depend on it"
+            except CaptureError as error:
+                if error.__cause__ is not None:  # raised by the forward itself, which is what it may be there for
+                    continue
+                why = f"of the other way, {error}"
+            if why:
+                source = node.meta["source"]
+                raise capture_error(kind.module, carrier, source, f"it branches on the content of a tensor, and {why}")
 
     def settle(self, decided: Mapping[str, Mapping[SiteKey, Known]]) -> None:
         """Looks at captures anew after decisions about sites, by carrier."""
@@ -147,6 +175,7 @@ class Captures:
 def capture_forward(
     module: nn.Module, name: str, bound: dict[str, Any], inlined: Iterable[nn.Module], training: bool,
     forward: Callable[..., Any] | None = None, known: Mapping[SiteKey, Known] | None = None,
+    answers: tuple[Any, ...] = (),
 ) -> Captured:  # fmt: skip
     """Captures a carrier's forward on bound arguments and finds its residual adds; leaves the module as it was.
 
@@ -157,6 +186,7 @@ def capture_forward(
         training: the mode of the carrier and all below it, if they are not in a mode of their own.
         forward: its original forward; by default its class's.
         known: the sites that earlier captures of this forward showed.
+        answers: to its first questions about the content of tensors.
 
     Raises:
         CaptureError: the forward can't be captured.
@@ -166,14 +196,28 @@ def capture_forward(
     with undisturbed(module, *called), without_hooks(module, *called):
         if module.training is not training:
             module.train(training)
-        graph = trace(module, name, forward or type(module).forward, bound, inlined)
+        run, first = forward or type(module).forward, answers
+
+        def traced() -> ModuleGraph:
+            return trace(module, name, run, bound, inlined, first)
+
+        graph = traced()
+        first = graph.outcomes
         if gradients and any(read.root is torch.is_grad_enabled for read in graph.reads):
             with torch.enable_grad():  # it asks: as in the call that it is made for
-                graph = trace(module, name, forward or type(module).forward, bound, inlined)
+                graph = traced()
         if any(read.root is torch.compiler.is_compiling for read in graph.reads):
-            _check_compiled(graph, lambda: trace(module, name, forward or type(module).forward, bound, inlined))
+            _check_compiled(graph, traced)
         with torch.no_grad():
             return graph, find_residuals(graph, module, known)
+
+
+def _ways(residuals: Residuals) -> list[Any]:
+    """By which ways trunks come in and go out, and the sites on them."""
+    return [
+        ({site.key for site in trunk.sites}, trunk.source and trunk.source.meta["leaf"], trunk.sinks)
+        for trunk in residuals.trunks
+    ]
 
 
 def _fits(captured: ModuleGraph, leaves: dict[str, Any]) -> bool:

@@ -15,11 +15,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture.call import CallShape, describe, flatten, replace_leaves
+from mhc_rewrite.capture.decisions import Otherwise
 from mhc_rewrite.capture.graph import ModuleGraph
 from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import alone, under_way
 from mhc_rewrite.capture.values import TracedValue
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.conversion.again import Beginning
 from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.conversion.hooks import Places
@@ -59,7 +61,8 @@ class Variant:
 
     def differs_in_reads(self, other: Variant) -> bool:
         """Whether both hold for the same calls, and what their Python read tells them apart."""
-        return (self.sizes, self.dtypes, self.expected) == (other.sizes, other.dtypes, other.expected)
+        mine, its = self.captured.outcomes, other.captured.outcomes
+        return (self.sizes, self.dtypes, self.expected, mine) == (other.sizes, other.dtypes, other.expected, its)
 
 
 @dataclass
@@ -109,7 +112,10 @@ class CarrierRole:
         variant = self.find(module, key, leaves, arriving, leaving)
         if variant is None:
             variant = self.learn(module, original, bound, key, leaves, arriving, leaving)
-        result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
+        if variant.captured.outcomes:
+            variant, (result, outgoing) = self.decide(variant, module, original, bound, key, leaves, arriving, leaving)
+        else:
+            result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
         if not outgoing or not self.name:  # nobody takes up the streams of a whole model
             return result
         # A reentrant checkpoint runs without gradients, and its result gets them later.
@@ -124,6 +130,24 @@ class CarrierRole:
             return variant.function(*arguments)
         with recompute.recomputation():
             return variant.function(*arguments)
+
+    def decide(
+        self, variant: Variant, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any,
+        leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...],
+    ) -> tuple[Variant, Any]:  # fmt: skip
+        """Runs a forward that branches on content; where it goes another way, from the beginning by that way's graph.
+
+        Which graph is tried first is the same each time: a checkpoint finds in backward what it found in forward.
+        """
+        while True:
+            beginning = Beginning(module, variant.captured.written, leaves)
+            try:
+                return variant, self.run(variant, module, *leaves.values(), *variant.constants)
+            except Otherwise as other:
+                answers = (*variant.captured.outcomes[: other.index], other.outcome)
+            beginning.put_back()
+            found = self.find(module, key, leaves, arriving, leaving, answers)
+            variant = found or self.capture_and_add(module, original, bound, key, leaves, arriving, leaving, answers)
 
     def as_leaf(self, module: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
         """This call in a graph that somebody traces, a feature extractor say: what it does depends on its arguments."""
@@ -189,10 +213,12 @@ class CarrierRole:
         return typed(result) if isinstance(result, Tensor) else tree_map(typed, result)
 
     def find(
-        self, module: nn.Module, key: Any, leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...]
-    ) -> Variant | None:
+        self, module: nn.Module, key: Any, leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...],
+        answers: tuple[Any, ...] = (),
+    ) -> Variant | None:  # fmt: skip
+        """A variant for this call, of those whose first branches on content went as `answers` say."""
         for variant in self.variants.get((module.training, key, arriving, leaving), ()):
-            if self.fits(variant, module, leaves, arriving):
+            if variant.captured.outcomes[: len(answers)] == answers and self.fits(variant, module, leaves, arriving):
                 return variant
         return None
 
@@ -234,26 +260,26 @@ class CarrierRole:
     @outside_graphs
     def capture_and_add(
         self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any, leaves: dict[str, Any],
-        arriving: tuple[int, ...], leaving: tuple[int, ...],
+        arriving: tuple[int, ...], leaving: tuple[int, ...], answers: tuple[Any, ...] = (),
     ) -> Variant:  # fmt: skip
         with alone():
-            known = self.find(module, key, leaves, arriving, leaving)
+            known = self.find(module, key, leaves, arriving, leaving, answers)
             if known is not None:  # another thread was faster
                 return known
-            made = self.capture(module, original, bound, leaves, arriving, leaving)
+            made = self.capture(module, original, bound, leaves, arriving, leaving, answers)
             self.keep(made, (module.training, key, arriving, leaving))
             return made
 
     def capture(
         self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], leaves: dict[str, Any],
-        arriving: tuple[int, ...], leaving: tuple[int, ...],
+        arriving: tuple[int, ...], leaving: tuple[int, ...], answers: tuple[Any, ...] = (),
     ) -> Variant:  # fmt: skip
         with alone():
             read = self.as_trunk(leaves, arriving, streams.read_mean)
             bound = {name: replace_leaves(value, name, read) for name, value in bound.items()}
             inlined = [module.get_submodule(path) for path in self.inlined]
             captured, residuals = capture_forward(
-                module, self.name, bound, inlined, module.training, original, self.wiring.known
+                module, self.name, bound, inlined, module.training, original, self.wiring.known, answers
             )
             key, _ = flatten(bound)
             trunk = self.as_trunk(leaves, arriving, streams.one_stream)

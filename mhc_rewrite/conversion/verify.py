@@ -124,7 +124,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traini
         try:
             args, kwargs = as_now((args, kwargs))
             result = model(*args, **kwargs)
-        except MHCError:
+        except MHCError as error:
+            if isinstance(error.__cause__, Exception):  # a capture that failed as the call itself does
+                run.failed = _said(error.__cause__)
+                return run
             raise  # it says itself what is wrong
         except Exception as error:
             run.failed = _said(error)

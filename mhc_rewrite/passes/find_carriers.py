@@ -11,7 +11,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording, innermost_common
@@ -235,7 +234,7 @@ def _recurrences(recording: Recording, candidates: dict[int, _Candidate]) -> lis
         return operation.inputs[0], (operation.name, operation.where, operation.outputs.index(value))
 
     def parameters(value: int) -> tuple[Hashable, ...]:
-        return (value,) if isinstance(recording.kept[value], nn.Parameter) else ()
+        return (value,) if value in recording.parameters else ()
 
     reading = recurrence.Reading(sources, slice_of, parameters, lambda value: value)
     found = []

@@ -197,7 +197,7 @@ class _Recorder(TorchFunctionMode):
     def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:
         outputs = tuple(self.new_value(t) for t in results)
         operation = Operation(len(self.recording.operations), target, inputs, outputs, self.stack[-1], mixing)
-        if operation.name in vocabulary.ADD:
+        if operation.name in vocabulary.ADD or operation.name == "setitem":
             operation.source = user_line()
         self.recording.operations.append(operation)
         for value in outputs:

@@ -15,7 +15,7 @@ from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.graph import ModuleGraph, is_structure
 from mhc_rewrite.passes import feature_axis, lifting, recurrence
 from mhc_rewrite.passes.feature_axis import Votes
-from mhc_rewrite.passes.find_carriers import STAGE
+from mhc_rewrite.passes.find_carriers import DISCRETE, STAGE
 from mhc_rewrite.passes.lifting import Lift
 from mhc_rewrite.passes.lineage import ancestors, is_linear, lineage, mixes, operands, reads_form
 from mhc_rewrite.passes.lineage import region as region_of
@@ -251,6 +251,8 @@ class _Finder:
         ]  # fmt: skip
         if not reads:
             return None
+        if set(chain).isdisjoint(lineage(branch, self.sites, of_features=True)):
+            return DISCRETE
         read = reads[0]
         region = region_of(read, above, set(chain))
         if self._sites_between(branch, read) >= STAGE:

@@ -22,7 +22,7 @@ STAGE = 2
 
 DISCRETE = (
     "discrete",
-    "what is added depends on the trunk by integers or conditions alone, as a quantizer's entry does by its code: no block",
+    "what is added depends on the trunk by integers or conditions alone, as a quantizer's entry by its code",
 )
 
 
@@ -110,7 +110,7 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             fork, mixes = _fork(recording, candidates, reach, branch)
             if fork is None:
                 continue
-            if _fork(recording, candidates, reach, branch, of_features=True)[0] is None:
+            if mixes and not _fork(recording, candidates, reach, branch, of_features=True)[1]:
                 near = DISCRETE
                 continue
             if _adds_between(recording, candidates, branch, fork) >= STAGE:

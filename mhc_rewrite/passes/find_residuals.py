@@ -251,14 +251,15 @@ class _Finder:
         ]  # fmt: skip
         if not reads:
             return None
-        if set(chain).isdisjoint(lineage(branch, self.sites, of_features=True)):
-            return DISCRETE
         read = reads[0]
         region = region_of(read, above, set(chain))
         if self._sites_between(branch, read) >= STAGE:
             return "long-skip", "the skip closes over a whole stage of residual adds"
         if not any(mixes(node) or node in self.sites for node in region):
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
+        features = region_of(read, lineage(branch, self.sites, of_features=True), set(chain))
+        if not any(mixes(node) or node in self.sites for node in features):
+            return DISCRETE
         if all(node in self.sites or is_linear(node) for node in region):
             return "long-skip", "two states of one trunk are added, without a block between"
         if min(scale, factor) < 0 and not self._learns(region):

@@ -92,7 +92,9 @@ def mhcify(
                 "a graph for each mode do, and would lose the conversion. Convert the model that it was made from, and "
                 "make it from that."
             )
-        compared = verify(model, before, after, values=chosen.init == "preserve")
+        compared = verify(
+            model, before, after, values=chosen.init == "preserve", again=lambda: observe(model, args, kwargs)
+        )
     except BaseException:
         uninstall(model)
         raise

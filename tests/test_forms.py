@@ -152,14 +152,6 @@ def test_a_container_learns_other_calls() -> None:
 # -- what is none ----------------------------------------------------------------------------------------------------
 
 
-def some_tokens(self: Any, x: Tensor) -> Tensor:
-    mask = torch.arange(5) > 2
-    x = x * 1
-    x[:, mask] += self.a(x[:, mask])  # this
-    x = x + self.b(x)
-    return x + self.a(x)
-
-
 def filtered(self: Any, x: Tensor) -> Tensor:
     x = x + self.b(x)
     y = F.avg_pool1d(x, 3, 1, 1) - x  # this
@@ -197,7 +189,6 @@ def complex_product(self: Any, x: Tensor) -> Tensor:
 
 NONE = {
     # forward: the rule for its marked line, the sites that it has all the same
-    some_tokens: ("part-of-trunk", 2),
     filtered: ("filter", 2),
     high_pass: ("filter", 2),
     offset_attention: ("fork", 2),

@@ -147,7 +147,7 @@ class AxisFollower:
         if name in _SAME_ELEMENTS and shape is not None:
             return _reshaped(axes, shape)
         if name == "getitem":
-            return _indexed(axes, args[1], self.shape)
+            return _indexed(axes, args[1], self.shape, len(_sizes(shape)))
         if name in ("select", "unbind"):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return tuple(axis for i, axis in enumerate(axes) if i != dim % len(axes)) if isinstance(dim, int) else None
@@ -308,13 +308,16 @@ def _reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
     return tuple(result)
 
 
-def _indexed(axes: Axes, index: Any, shape: Callable[[Any], Sequence[int] | None]) -> Axes | None:
-    """The axes after `x[index]`, with at most one tensor in the index."""
+def _indexed(axes: Axes, index: Any, shape: Callable[[Any], Sequence[int] | None], rank: int) -> Axes | None:
+    """The axes after `x[index]`, a tensor of that rank, with at most one tensor in the index."""
     entries = list(index) if isinstance(index, tuple) else [index]
     tensors = sum(shape(entry) is not None for entry in entries)
     if tensors > 1:
         return None
     taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    sized = [len(given) for entry in entries if (given := shape(entry)) is not None]
+    if sized and sized[0] > 1 and len(entries) == 1 and rank == len(axes) - sized[0] + 1:  # a mask of several axes
+        return (_nothing, *axes[sized[0] :])
     if Ellipsis not in [entry for entry in entries if shape(entry) is None]:
         entries.append(Ellipsis)
     left, result = list(axes), []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,8 +101,7 @@ class ModuleCall:
     module: nn.Module
     name: str
     parent: int
-    bound: dict[str, Any]
-    inputs: dict[int, int]  # id of a tensor argument -> value at entry
+    inputs: tuple[int, ...]  # values of the tensor arguments, at entry
     first: int
     key: tuple[Any, ...] = ()  # of the bound arguments, at entry
     leaf_values: dict[str, int] = field(default_factory=dict)  # path of a leaf of the bound arguments -> value
@@ -118,7 +118,7 @@ class Recording:
     producer: dict[int, Operation] = field(default_factory=dict)
     shapes: list[torch.Size] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)  # ids stay unique while the tensors live
+    parameters: set[int] = field(default_factory=set)  # the values that are parameters
 
     def ancestry(self, call: int) -> list[int]:
         """A call and all that enclose it, outermost first."""
@@ -149,7 +149,8 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
-        self.values: dict[int, int] = {}
+        self.values: dict[int, int] = {}  # by id, of tensors that live
+        self.living: dict[int, weakref.ref[Tensor]] = {}
         self.stack: list[int] = []
         self.sums = Sums(lambda structure: structure)
 
@@ -159,8 +160,12 @@ class _Recorder(TorchFunctionMode):
 
     def new_value(self, tensor: Tensor) -> int:
         number = len(self.recording.shapes)
-        self.values[id(tensor)] = number
-        self.recording.kept.append(tensor)
+        key = id(tensor)
+        self.values[key] = number
+        if key not in self.living:  # a later tensor may get the id of one that is gone, and memory is not kept for it
+            self.living[key] = weakref.ref(tensor, lambda _: (self.living.pop(key), self.values.pop(key)))
+        if isinstance(tensor, nn.Parameter):
+            self.recording.parameters.add(number)
         self.recording.shapes.append(tensor.shape)
         self.recording.dtypes.append(tensor.dtype)
         return number
@@ -192,7 +197,7 @@ class _Recorder(TorchFunctionMode):
     def write(self, target: Any, inputs: tuple[int, ...], results: list[Tensor], mixing: bool) -> None:
         outputs = tuple(self.new_value(t) for t in results)
         operation = Operation(len(self.recording.operations), target, inputs, outputs, self.stack[-1], mixing)
-        if operation.name in vocabulary.ADD:
+        if operation.name in vocabulary.ADD or operation.name == "setitem":
             operation.source = user_line()
         self.recording.operations.append(operation)
         for value in outputs:
@@ -212,8 +217,8 @@ class _Recorder(TorchFunctionMode):
         parent = self.stack[-1] if self.stack else -1
         bound = CallShape.of(type(module).forward).bind(args, kwargs)
         call = ModuleCall(
-            index=len(self.recording.calls), module=module, name=name, parent=parent, bound=bound,
-            inputs={id(t): self.value(t) for t in tensors}, first=len(self.recording.operations),
+            index=len(self.recording.calls), module=module, name=name, parent=parent,
+            inputs=tuple(self.value(t) for t in tensors), first=len(self.recording.operations),
         )  # fmt: skip
         call.key, leaves = flatten(bound)
         call.leaf_values = {path: self.value(v) for path, v in leaves.items() if isinstance(v, Tensor)}
@@ -222,11 +227,10 @@ class _Recorder(TorchFunctionMode):
 
     def leave(self, result: Any) -> None:
         call = self.recording.calls[self.stack[-1]]
-        inputs = set(call.inputs.values())
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and id(leaf) not in self.values:
                 # Made by code that torch functions do not show, a C++ extension say: taken to mix.
-                self.write(call.module, tuple(sorted(inputs)), [leaf], True)
+                self.write(call.module, tuple(sorted(set(call.inputs))), [leaf], True)
         call.outputs = tuple(self.value(t) if isinstance(t, Tensor) else None for t in tree_leaves(result))
         call.last = len(self.recording.operations)
         self.stack.pop()

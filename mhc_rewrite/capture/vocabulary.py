@@ -17,7 +17,7 @@ CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d
 # Operations that mix features or tokens: what makes a branch a block rather than an activation.
 MIXING = CONVOLUTIONS | frozenset(
     "linear bilinear matmul rmatmul mm bmm mv baddbmm addmm einsum tensordot chain_matmul multi_dot "
-    "scaled_dot_product_attention multi_head_attention_forward flex_attention "
+    "cdist scaled_dot_product_attention multi_head_attention_forward flex_attention "
     "lstm gru rnn_tanh rnn_relu cumsum logcumsumexp cumprod "
     "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn "
     "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d".split()

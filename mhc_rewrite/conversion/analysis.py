@@ -37,6 +37,9 @@ from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePl
 # How many modules an error proposes to exclude.
 _MANY = 8
 
+# How many misses the error for a model without streams tells, and the rules that say of an add that it is nothing like.
+_TOLD, _FAR = 6, ("broadcast", "no-mixing", "no-ancestor")
+
 
 @dataclass
 class Analysis:
@@ -327,9 +330,8 @@ def _check_dtypes(plan: RewritePlan) -> None:
 
 def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:
     sites = list(sites)
-    misses = "".join(
-        f"\n  {r.module or 'the model'}: {r.source or ''} {r.rule}: {r.reason}" for r in plan.rejections[:6]
-    )
+    nearest = sorted(plan.rejections, key=lambda r: r.rule in _FAR)
+    misses = "".join(f"\n  {r.module or 'the model'}: {r.source or ''} {r.rule}: {r.reason}" for r in nearest[:_TOLD])
     if any(r.rule == "excluded" for r in plan.rejections):
         kind = type(model).__name__
         return f"include, exclude and filter_fn leave no residual stream of {kind}: all {len(sites)} sites are out."

@@ -147,7 +147,8 @@ class _Writer:
         for run in runs:
             for site in run.sites:
                 self.readers.setdefault(site.read, []).append(site)
-        self.absorbed = {node for run in runs for site in run.sites for node in site.absorbed}
+        # Inner sums are not made; who reads the form of one reads the trunk's.
+        self.absorbed = {node: site.chain[0] for run in runs for site in run.sites for node in site.absorbed}
         self.current: fx.Node | None = None
 
     def write(self) -> Rewrite:
@@ -226,6 +227,7 @@ class _Writer:
         """How `consumer` reads nodes of the old graph."""
 
         def read(node: fx.Node) -> fx.Node:
+            node = self.absorbed.get(node, node)
             for site in self.readers.get(node, []):
                 if consumer in site.region or (consumer is site.add and any(node is b for b, _ in site.branches)):
                     return self.inputs[site.add]

@@ -11,7 +11,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.record import Operation, Recording, innermost_common
@@ -20,6 +19,11 @@ from mhc_rewrite.plans import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
 STAGE = 2
+
+DISCRETE = (
+    "discrete",
+    "what is added depends on the trunk by integers or conditions alone, as a quantizer's entry by its code",
+)
 
 
 @dataclass(eq=False)
@@ -90,22 +94,29 @@ def too_short(count: int, min_sites: int) -> tuple[str, str]:
 def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[Rejection]]:
     candidates: dict[int, _Candidate] = {}  # by the value of the sum
     rejections = []
+    additions, branches = _parts(recording)
     for operation in recording.operations:
-        if operation.name not in vocabulary.ADD or len(operation.inputs) != 2 or len(operation.outputs) != 1:
+        part = branches.get(operation.index)
+        if part is None and (operation.name not in vocabulary.ADD or operation.index in additions):
             continue
-        left, right = operation.inputs
+        if part is None and (len(operation.inputs) != 2 or len(operation.outputs) != 1):
+            continue
+        left, right = (operation.inputs[0], part) if part is not None else operation.inputs
         if left == right or any(not _is_feature(recording.dtypes[value]) for value in (left, right)):
             continue
-        if recording.shapes[left] != recording.shapes[right]:
+        if part is None and recording.shapes[left] != recording.shapes[right]:
             rejections.append(_reject(recording, operation, "broadcast",
                 f"the operands' shapes differ, {tuple(recording.shapes[left])} and {tuple(recording.shapes[right])}: "
                 "a bias, a position or a mask"))  # fmt: skip
             continue
         near = ("no-ancestor", "neither operand is computed from the other's trunk")
-        for trunk, branch in ((left, right), (right, left)):
+        for trunk, branch in ((left, right), (right, left))[: 1 if part is not None else 2]:
             reach, before = _reach(recording, candidates, trunk)
             fork, mixes = _fork(recording, candidates, reach, branch)
             if fork is None:
+                continue
+            if mixes and not _fork(recording, candidates, reach, branch, of_features=True)[1]:
+                near = DISCRETE
                 continue
             if _adds_between(recording, candidates, branch, fork) >= STAGE:
                 near = ("long-skip", "the skip closes over a whole stage of residual adds")
@@ -119,8 +130,6 @@ def _find_candidates(recording: Recording) -> tuple[dict[int, _Candidate], list[
             candidates[operation.outputs[0]] = _Candidate(operation, trunk, reach, fork, branch, before)
             break
         else:
-            if near[0] == "no-ancestor" and _on_a_part(recording, candidates, operation):
-                near = ("part-of-trunk", "the add is on a part of the trunk's tokens; a site writes to all of them")
             rejections.append(_reject(recording, operation, *near))
     return candidates, rejections
 
@@ -157,24 +166,31 @@ def _reach(
     return same_size, before
 
 
-def _on_a_part(recording: Recording, candidates: dict[int, _Candidate], add: Operation) -> bool:
-    """Whether the sum is written back into what one operand was taken from, as in `x[rows] += f(x[rows])`."""
-    following = recording.operations[add.index + 1 : add.index + 2]
-    if not following or following[0].name != "setitem" or add.outputs[0] not in following[0].inputs:
-        return False
-    whole = following[0].inputs[0]
-    taken = [recording.producer.get(value) for value in add.inputs]
-    parts = [value for value, source in zip(add.inputs, taken, strict=True) if source and whole in source.inputs]
-    reach, _ = _reach(recording, candidates, whole)
-    return any(_fork(recording, candidates, reach, value)[1] for value in add.inputs if parts and value != parts[0])
+def _parts(recording: Recording) -> tuple[set[int], dict[int, int]]:
+    """Sums that are written back into what one of their operands was taken from, as in `x[rows] += f(x[rows])`.
+
+    Returns the numbers of the additions, and by the number of each such write what it adds.
+    """
+    additions, branches = set(), {}
+    for write in recording.operations:
+        total = recording.producer.get(write.inputs[-1]) if write.name == "setitem" else None
+        if total is None or total.name not in vocabulary.ADD or len(total.inputs) != 2 or len(write.outputs) != 1:
+            continue
+        for part, branch in (total.inputs, total.inputs[::-1]):
+            taken = recording.producer.get(part)
+            if taken is not None and taken.name == "getitem" and taken.inputs[0] == write.inputs[0]:
+                additions.add(total.index)
+                branches[write.index] = branch
+    return additions, branches
 
 
 def _fork(
-    recording: Recording, candidates: dict[int, _Candidate], reach: set[int], branch: int
+    recording: Recording, candidates: dict[int, _Candidate], reach: set[int], branch: int, of_features: bool = False
 ) -> tuple[int | None, bool]:
     """The latest value of `reach` that the branch is computed from, and whether anything mixes on the way.
 
     Where an earlier sum lies on the way, only its trunk is followed: what entered it by its branch has a nearer trunk.
+    With `of_features` no way by integers or conditions counts, as by a quantizer's codes.
     """
     oldest = min(reach)
     seen = {(branch, False)}
@@ -190,6 +206,8 @@ def _fork(
         earlier = candidates.get(value)
         for source in operation.inputs if earlier is None else (earlier.trunk,):
             state = (source, mixed or operation.mixing or earlier is not None)
+            if of_features and not _is_feature(recording.dtypes[source]):
+                continue
             if source >= oldest and state not in seen:
                 seen.add(state)
                 todo.append(state)
@@ -240,7 +258,7 @@ def _recurrences(recording: Recording, candidates: dict[int, _Candidate]) -> lis
         return operation.inputs[0], (operation.name, operation.where, operation.outputs.index(value))
 
     def parameters(value: int) -> tuple[Hashable, ...]:
-        return (value,) if isinstance(recording.kept[value], nn.Parameter) else ()
+        return (value,) if value in recording.parameters else ()
 
     reading = recurrence.Reading(sources, slice_of, parameters, lambda value: value)
     found = []

@@ -15,7 +15,7 @@ from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.graph import ModuleGraph, is_structure
 from mhc_rewrite.passes import feature_axis, lifting, recurrence
 from mhc_rewrite.passes.feature_axis import Votes
-from mhc_rewrite.passes.find_carriers import STAGE
+from mhc_rewrite.passes.find_carriers import DISCRETE, STAGE
 from mhc_rewrite.passes.lifting import Lift
 from mhc_rewrite.passes.lineage import ancestors, is_linear, lineage, mixes, operands, reads_form
 from mhc_rewrite.passes.lineage import region as region_of
@@ -259,6 +259,9 @@ class _Finder:
             return "long-skip", "the skip closes over a whole stage of residual adds"
         if not any(mixes(node) or node in self.sites for node in region):
             return "no-mixing", "no operation between trunk and add mixes features: an activation or a rotation"
+        features = region_of(read, lineage(branch, self.sites, of_features=True), set(chain))
+        if not any(mixes(node) or node in self.sites for node in features):
+            return DISCRETE
         if all(node in self.sites or is_linear(node) for node in region):
             return "long-skip", "two states of one trunk are added, without a block between"
         if min(scale, factor) < 0 and not self._learns(region):

@@ -25,17 +25,24 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def lineage(branch: fx.Node, sites: Mapping[fx.Node, FoundSite]) -> set[fx.Node]:
-    """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own."""
+def lineage(branch: fx.Node, sites: Mapping[fx.Node, FoundSite], of_features: bool = False) -> set[fx.Node]:
+    """The ancestors of a branch, without what entered another trunk by a branch: the nearest trunk is its own.
+
+    With `of_features` without those that it depends on by integers or conditions alone, as by a quantizer's codes.
+    """
     seen, todo = {branch}, [] if reads_form(branch) else [branch]
     while todo:
         node = todo.pop()
         sources = sites[node].chain[:1] if node in sites else node.all_input_nodes
         for source in sources:
-            if source not in seen and not reads_form(source):
+            if source not in seen and not reads_form(source) and not (of_features and _is_discrete(source)):
                 seen.add(source)
                 todo.append(source)
     return seen
+
+
+def _is_discrete(node: fx.Node) -> bool:
+    return "dtype" in node.meta and not vocabulary.is_feature(node.meta["dtype"])
 
 
 def region(read: fx.Node, above: set[fx.Node], chain: set[fx.Node]) -> set[fx.Node]:

@@ -99,6 +99,13 @@ def with_number(streams: Tensor, index: Any, value: float) -> Tensor:
     return written
 
 
+def placed(like: Tensor, index: Any, part: Tensor) -> Tensor:
+    """`part` at the places `index` of a tensor of the form of `like`, and zeros elsewhere."""
+    whole = part.new_zeros(like.shape)
+    whole[index] = part
+    return whole
+
+
 def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
     """What a site's `pre` hands to its `post`, where the trunk's tokens were reshaped between the two."""
     post, res = mix

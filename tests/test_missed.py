@@ -1,0 +1,91 @@
+"""Residuals that were missed once, and what was taken for one: rewritten as by hand, or refused with a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import oracle
+from golden import WIDTH, Layer, features
+from handmade import missed
+from handmade.common import Kind
+from mhc_rewrite import mhcify, plan
+from mhc_rewrite.errors import NoResidualError
+from test_perturbed import Compared
+
+
+@pytest.mark.parametrize("kind", missed.KINDS, ids=str)
+def test_equals_hand_written(kind: Kind) -> None:
+    found = plan(kind.model(), kind.arguments())
+    assert tuple(tuple(site.name for site in stream.sites) for stream in found.streams) == kind.streams
+    compared = Compared(kind, 4)
+    assert sorted(oracle.site_names(compared.converted.state_dict())) == sorted(kind.sites())
+    for train in (False, True):
+        compared.train(train).check_preserved()
+    compared.perturb()
+    for train in (False, True):
+        compared.train(train).check_perturbed()
+
+
+def written_elsewhere(self: Any, x: Tensor) -> Tensor:
+    x = x + self.b(x)
+    x[:, :2] = x[:, 1:3] + self.a(x[:, 1:3])  # this: read from other places than it writes to
+    return x + self.a(x)
+
+
+def written_from_another(self: Any, x: Tensor) -> Tensor:
+    x = x + self.b(x)
+    y = x * 2
+    x[:, :2] = y[:, :2] + self.a(y[:, :2])  # this: read from another tensor
+    return x + self.a(x)
+
+
+def coded(self: Any, x: Tensor) -> Tensor:
+    x = x + self.b(x)
+    x = x + self.a(x)
+    return x - self.a.weight[(x @ self.a.weight.mT).argmax(-1)]  # this: by a code
+
+
+NONE = {written_elsewhere: ("one-part", 1), written_from_another: ("one-part", 1), coded: ("discrete", 2)}
+
+
+@pytest.mark.parametrize("forward", NONE, ids=lambda forward: forward.__name__)
+def test_what_is_none(forward: Any) -> None:
+    rule, sites = NONE[forward]
+    if sites < 2:
+        with pytest.raises(NoResidualError, match="single-site"):
+            plan(Layer(forward), (features(),))
+        return
+    found = plan(Layer(forward), (features(),))
+    assert len(found.sites) == sites
+    assert rule in {r.rule for r in found.rejections if r.source is not None and "# this" in r.source.text}
+    model, x = Layer(forward).double(), features().double()
+    want = model(x)
+    torch.testing.assert_close(mhcify(model, (x,))(x), want)
+
+
+def test_the_nearest_misses_come_first() -> None:
+    """What has nothing of a residual, positions and rotations say, is told last."""
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.lin = nn.Parameter(torch.randn(8, 5, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = x + self.positions[0]
+            b = x + self.positions[1]
+            c = a + torch.tanh(a)
+            d = b + torch.tanh(b)
+            e = c * 2 + self.positions[3]
+            f = d * 2 + self.positions[4]
+            x = e * f + self.positions[5]
+            return x + self.lin(x)
+
+    with pytest.raises(NoResidualError) as refusal:
+        plan(Far(), (features(),))
+    first = str(refusal.value).splitlines()[1]
+    assert "single-site" in first and "return x + self.lin(x)" in first

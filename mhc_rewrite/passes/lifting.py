@@ -201,7 +201,8 @@ def _norm(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim
     if vocabulary.name_of(lift.node.target) == "normalize":
         dim = -1 if channel_dim == -1 else 1 - len(lift.trunk.meta["shape"])
         args, kwargs = (), {**dict(zip(_NORMALIZE, args, strict=False)), **kwargs, "dim": dim}
-    return graph.call_function(lift.node.target, args, kwargs)
+    target: Any = lift.node.target
+    return graph.call_function(target, args, kwargs)
 
 
 def _same(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:

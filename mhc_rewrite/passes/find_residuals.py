@@ -309,7 +309,8 @@ class _Finder:
         yield []
 
     def _is_modulated(self, node: fx.Node) -> bool:
-        return any(lift.trunk in ancestors(gate) for lift in self._lifts(node) for gate in lift.operands)
+        lifts = self._lifts(node) if vocabulary.name_of(node.target) in vocabulary.SCALING else []
+        return any(lift.trunk in ancestors(gate) for lift in lifts for gate in lift.operands)
 
     def _lifts(self, node: fx.Node) -> list[Lift]:
         if node not in self.lift_cache:

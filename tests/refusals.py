@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,6 +89,21 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x, **options)
         return self.norm(x)
+
+
+class Carried(Block):
+    """A block whose trunk lies in an object."""
+
+    def forward(self, box: SimpleNamespace) -> None:  # type: ignore[override]
+        box.x = box.x + self.branch(box.x)
+
+
+class Boxed(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        box = SimpleNamespace(x=x)
+        for layer in self.layers:
+            layer(box)
+        return self.norm(box.x)
 
 
 def in_two_streams(*further: nn.Module) -> nn.Module:
@@ -225,6 +241,9 @@ REFUSALS = {
          line(NearMisses.forward, "self.a(x) + self.b(x)"), "no-ancestor",
          line(NearMisses.forward, "tanh"), "no-mixing",
          line(NearMisses.forward, "return x + self.a(x)"), "single-site")),
+    "a trunk in an object": Refusal(
+        lambda: Boxed(Carried(), Carried()), NoResidualError,
+        ("Boxed", "layers.0", "attribute of some object")),
     "one site": Refusal(lambda: stack(1), NoResidualError, ("Stack", "layers.0", ADD, "single-site", "min_sites=2")),
     "an axis in the middle": Refusal(
         MiddleAxis, NoResidualError,

@@ -133,6 +133,8 @@ def _planned(
         called = [segment.call.name for segment in linked.segments]
         repeated.append({name for name in called if called.count(name) > 1})
         streams.append(_stream(tuple(chosen[part]), linked))
+    if not streams and not rejections:
+        rejections = [Rejection(call.name, None, *_OUT_OF_SIGHT) for call in modes[0].chosen[:1]]
     # The recording and a graph may both have seen an add: one reason a line.
     once = {(r.source, r.rule) if r.source else r: r for r in reversed(rejections)}
     plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(reversed(once.values())), tuple(notes))
@@ -326,6 +328,13 @@ def _check_dtypes(plan: RewritePlan) -> None:
                 f"The trunk at {site.name!r} ({site.source}) is {site.dtype}; streams can be "
                 f"{', '.join(sorted(supported))}. Convert the model to one of these first."
             )
+
+
+_OUT_OF_SIGHT = (
+    "out-of-sight",
+    "it adds to a trunk that comes in or goes out as an attribute of some object; only what a module is given and "
+    "returns is followed: tensors, tuples, dicts",
+)
 
 
 def _nothing_found(model: nn.Module, plan: RewritePlan, sites: Any) -> str:

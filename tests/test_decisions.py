@@ -341,10 +341,6 @@ class Cache:
         self.seen.append(x)
 
 
-def skips(self: Any, x: Tensor, cache: Cache) -> Tensor:
-    return x + self.a(x) if x.sum() > 0 else x  # this
-
-
 def chooses_a_block(self: Any, x: Tensor, cache: Cache) -> Tensor:
     if x.sum().item() > 0:  # this
         return x + self.a(x)
@@ -388,7 +384,6 @@ def never_ends(self: Any, x: Tensor, cache: Cache) -> Tensor:
 
 
 REFUSED: dict[Any, str] = {
-    skips: "its residual adds depend on it",
     chooses_a_block: "its residual adds depend on it",
     writes_before: "after it has changed what lives longer",
     caches_before: "after it has changed what lives longer",

@@ -118,6 +118,69 @@ def test_layers_may_be_skipped(kind: type[PreNorm], head: bool) -> None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10, msg=f"{name} with {skips} skipped")
 
 
+class Lucky(PreNorm):
+    """A layer that leaves itself out."""
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training and torch.rand(1).item() < 0.4:
+            return x
+        return x + self.branch(x)
+
+
+class LuckyTuple(Tupled):
+    """One that hands something on beside its trunk, asked in another way."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        if self.training:
+            if torch.rand(()) >= 0.4:
+                return (x + self.branch(x), 1)
+            return x, 0
+        return (x + self.branch(x), 1)
+
+
+class TwoAdds(PreNorm):
+    """The first of two adds comes or not, by what the trunk holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.detach().sum() > 0 or not self.training:
+            x = x + self.branch(x)
+        return x + self.f(x).sin()
+
+
+@pytest.mark.parametrize("kind", [Lucky, LuckyTuple, TwoAdds], ids=lambda kind: kind.__name__)
+def test_layers_may_skip_themselves(kind: type[PreNorm]) -> None:
+    """By chance or by content, in the captured forward: what such a call hands on stays n streams."""
+    torch.manual_seed(0)
+    model = Dropping(kind, True).double()
+    original = copy.deepcopy(model).train()
+    mhcify(model, (torch.randn(2, 5, WIDTH, dtype=torch.float64),))
+    perturb(model)
+    model.train()
+    ways = set()
+    for seed in range(12):
+        x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+        torch.manual_seed(seed)
+        got = model(x)
+        torch.manual_seed(seed)
+        hand = Streams(dict(model.named_parameters()), N)
+        X, ran = hand.expand(x), []
+        for number, layer in enumerate(original.layers):
+            if kind is TwoAdds:
+                ran.append(bool(hand.collapse(X).sum() > 0))
+                X = hand.site(f"layers.{number}.mhc_0", X, layer.branch) if ran[-1] else X
+                X = hand.site(f"layers.{number}.mhc_1", X, lambda u, layer=layer: layer.f(u).sin())
+            else:
+                ran.append(bool(torch.rand(1).item() >= 0.4))
+                X = hand.site(f"layers.{number}.mhc_0", X, layer.branch) if ran[-1] else X
+        want = original.head(hand.collapse(X))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        own = [p for name, p in model.named_parameters() if ".mhc_" in name]
+        for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), own, allow_unused=True) for y in (got, want))):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+        ways.add(tuple(ran))
+    assert len(ways) > 4
+
+
 @pytest.mark.slow
 def test_a_model_with_layerdrop_by_default_converts() -> None:
     """NLLB-MoE's encoder drops a layer in twenty."""

@@ -118,7 +118,10 @@ class Captures:
             self.by_kind[kind] = captured
 
     def _check_other_ways(self, kind: CallKind, bound: dict[str, Any], captured: Captured) -> None:
-        """Refuses a forward whose residual adds depend on what tensors contain: streams could not be linked."""
+        """Refuses a forward whose trunks depend on what tensors contain: streams could not be linked.
+
+        Adds that are known from the other mode, say, may be left out: a layer that is skipped hands on what it got.
+        """
         graph, residuals = captured
         carrier = self.model.get_submodule(kind.module)
         inlined = {self.model.get_submodule(part) for part in self.inlined[kind.module]}
@@ -130,7 +133,7 @@ class Captures:
             known = self.known_of(kind.module)
             try:
                 other = capture_forward(carrier, kind.module, bound, inlined, kind.training, None, known, answers)[1]
-                why = "" if _ways(other) == _ways(residuals) else "its residual adds depend on it"
+                why = "" if _agree(residuals, other, known) else "its residual adds depend on it"
             except CaptureError as error:
                 if error.__cause__ is not None:  # raised by the forward itself, which is what it may be there for
                     continue
@@ -214,12 +217,14 @@ def capture_forward(
             return graph, find_residuals(graph, module, known)
 
 
-def _ways(residuals: Residuals) -> list[Any]:
-    """By which ways trunks come in and go out, and the sites on them."""
-    return [
-        ({site.key for site in trunk.sites}, trunk.source and trunk.source.meta["leaf"], trunk.sinks)
-        for trunk in residuals.trunks
-    ]
+def _agree(residuals: Residuals, other: Residuals, known: Mapping[SiteKey, Known]) -> bool:
+    """Whether both ways pass on their trunks alike, and the other one has no add that was not seen yet."""
+
+    def ways(found: Residuals) -> list[Any]:
+        return [(trunk.source and trunk.source.meta["leaf"], trunk.sinks) for trunk in found.trunks]
+
+    seen = all(site.key in known for site in other.sites())
+    return seen and (ways(residuals) == ways(other) or not residuals.trunks or not other.trunks)
 
 
 def _fits(captured: ModuleGraph, leaves: dict[str, Any]) -> bool:

@@ -113,9 +113,11 @@ class CarrierRole:
         if variant is None:
             variant = self.learn(module, original, bound, key, leaves, arriving, leaving)
         if variant.captured.outcomes:
-            variant, (result, outgoing) = self.decide(variant, module, original, bound, key, leaves, arriving, leaving)
+            variant, (result, outgoing) = self.decide(
+                variant, module, original, bound, key, given, leaves, arriving, leaving
+            )
         else:
-            result, outgoing = self.run(variant, module, *leaves.values(), *variant.constants)
+            result, outgoing = self.run(variant, module, given, leaves, arriving)
         if not outgoing or not self.name:  # nobody takes up the streams of a whole model
             return result
         # A reentrant checkpoint runs without gradients, and its result gets them later.
@@ -124,16 +126,34 @@ class CarrierRole:
         )
         return self.as_states(variant.rewrite, result, outgoing, turns, in_graph)
 
-    def run(self, variant: Variant, *arguments: Any) -> Any:
+    def run(
+        self, variant: Variant, module: nn.Module, given: dict[str, Any], leaves: dict[str, Any],
+        arriving: tuple[int, ...],
+    ) -> Any:  # fmt: skip
         """The rewritten forward; under torch.compile the backend decides what is recomputed."""
+        if not variant.sites:
+            return self.pass_by(variant, module, given, self.as_trunk(leaves, arriving, streams.read_mean)), ()
         if self.config.recompute is None or torch.compiler.is_compiling():
-            return variant.function(*arguments)
+            return variant.function(module, *leaves.values(), *variant.constants)
         with recompute.recomputation():
-            return variant.function(*arguments)
+            return variant.function(module, *leaves.values(), *variant.constants)
+
+    @staticmethod
+    def pass_by(variant: Variant, module: nn.Module, given: dict[str, Any], read: dict[str, Any]) -> Any:
+        """A call without sites, of a layer that is skipped say: what it returns as it came stays n streams."""
+        result, _ = variant.function(module, *read.values(), *variant.constants)
+
+        def typed(value: Any) -> Any:
+            for path, tensor in read.items():
+                if value is tensor:
+                    return given[path]
+            return value
+
+        return typed(result) if isinstance(result, Tensor) else tree_map(typed, result)
 
     def decide(
         self, variant: Variant, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any,
-        leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...],
+        given: dict[str, Any], leaves: dict[str, Any], arriving: tuple[int, ...], leaving: tuple[int, ...],
     ) -> tuple[Variant, Any]:  # fmt: skip
         """Runs a forward that branches on content; where it goes another way, from the beginning by that way's graph.
 
@@ -142,7 +162,7 @@ class CarrierRole:
         while True:
             beginning = Beginning(module, variant.captured.written, leaves)
             try:
-                return variant, self.run(variant, module, *leaves.values(), *variant.constants)
+                return variant, self.run(variant, module, given, leaves, arriving)
             except Otherwise as other:
                 answers = (*variant.captured.outcomes[: other.index], other.outcome)
             beginning.put_back()
@@ -327,7 +347,8 @@ class CarrierRole:
         """Rewrites a captured forward for one way of coming in and going out; `rewrites` are those made before."""
         found = {site.key for site in residuals.sites()}
         unknown = self.unknown(residuals)
-        if found.isdisjoint(self.wiring.targets) or unknown:
+        skips = found.isdisjoint(self.wiring.targets)
+        if unknown or (skips and self.config.collapse == "sum"):  # the sum of a stream is taken at its last site
             new = sorted({str(site.add.meta.get("source")) for site in unknown})
             raise StreamError(
                 f"{self.name or 'the model'!r}, called as {describe(key, training)}, "

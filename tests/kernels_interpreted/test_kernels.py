@@ -23,7 +23,7 @@ CLOSE = {F32: 1e-5, BF16: 2e-2, F16: 2e-2}
 # (rows or n, columns or streams given): square, just expanded, and together with the collapse
 FORMS = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (16, 16), (4, 1), (1, 4)]
 WIDTHS = (1, 7, 64, 100, 129, 768)
-# More than 64 are many (triton_configs); blocks of the widths that meet many in the sample have 32 tokens or fewer.
+# More than 64 are many (triton_configs), and 67 are several blocks of the kernels that take the tokens in turn.
 TOKENS = (1, 13, 33, 67, 257) if WHOLE_GRID else (1, 13, 33, 67)
 SAME, PAIRS = [(F32, F32), (BF16, BF16), (F16, F16)], [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32)]
 OPTIONS = (20, 1e-6)
@@ -159,10 +159,11 @@ def check_boundary(of_branch: list[Tensor], of_site: list[Tensor], kind: str, at
     assert_close(back, torch.autograd.grad(want, wide, [t.double() for t in g]), close)
 
 
+# The sample leaves out the defaults, which the cases above run.
 CONFIGURATIONS = [
     (kernel, config.name)
     for kernel in triton_configs.KERNELS
-    for config in triton_configs.configurations(kernel, 3, 130, 20)
+    for config in triton_configs.configurations(kernel, 3, 130, 20)[0 if WHOLE_GRID else 1 :]
 ]
 
 
@@ -175,8 +176,9 @@ def test_every_configuration(kernel: str, name: str) -> None:
             want = reference.mix_out(*(wide := leaves(*given)))
             assert_close((triton_post.post(*given),), (want.detach(),), CLOSE[F32])
             assert_close(triton_post.post_backward(g, *given), torch.autograd.grad(want, wide, g.double()), CLOSE[F32])
-        else:
+        if not kernel.startswith(("post", "boundary")):
             check_pre(given[0], parameters(3, 3, 130), "mhc")
+        if not kernel.startswith(("post", "pre")):
             check_boundary(given, parameters(3, 3, 130), "mhc")
 
 
@@ -225,7 +227,7 @@ def test_sinkhorn_of_any_logits(name: str, kind: str) -> None:
 
 
 def test_same_inputs_same_bits() -> None:
-    given, of_site = branch(70, 4, 4, 40, F32, F32), parameters(4, 4, 40)
+    given, of_site = branch(70, 2, 2, 40, F32, F32), parameters(2, 2, 40)
 
     def run() -> tuple[Tensor, ...]:
         *outputs, raw, r = triton_boundary.boundary(*given, *of_site, "mhc", *OPTIONS)

@@ -18,7 +18,7 @@ from mhc_rewrite.capture.examples.arguments import Arguments
 from mhc_rewrite.capture.examples.search import search
 from mhc_rewrite.cli.errors import UsageError
 from mhc_rewrite.cli.small_fields import HEADS, Heads, small_fields
-from mhc_rewrite.cli.small_repairs import repair, repair_split
+from mhc_rewrite.cli.small_repairs import repair, repair_run
 
 MAX_PARAMETERS, LARGE = 500_000_000, 100_000_000
 REPAIRS, TRIALS, SECONDS = 6, 14, 5.0
@@ -84,7 +84,7 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
             if not (errors := _errors(model)):
                 return model
             built = built or model
-            if not any(repair_split(default, fields, message) for message in errors):
+            if not repair_run(default, fields, errors):
                 break
     if built is not None:
         return built
@@ -139,32 +139,33 @@ def maker(config: Any) -> tuple[Callable[[], Any], int]:
         except Exception as error:
             failure = failure or error
     raise failure or UsageError(
-        f"hf:{config.model_type}: a {type(config).__name__} is for a part of another model, none is made of it. "
+        f"hf:{config.model_type}: {type(config).__name__} is of a part of another model, and no model is made of it. "
         "Name the model that it is a part of."
     )
 
 
 def _makers(config: Any) -> Iterator[Callable[[], Any]]:
-    """By transformers' Auto classes, or, of a part of a larger model, by its own classes."""
-    for auto in auto_classes(config):
-        yield functools.partial(_from, auto.from_config, config)
+    """By transformers' Auto classes, or, of a part of a larger model, by its own classes, with a forward first."""
+    kinds = [*auto_classes(config), *sorted(_own_classes(config), key=lambda kind: kind.forward is nn.Module.forward)]
+    for kind in kinds:
+        make = getattr(kind, "from_config", kind)
+        yield functools.partial(_from, make, config)
+
+
+def _from(make: Callable[[Any], Any], config: Any) -> Any:
+    return make(copy.deepcopy(config))
+
+
+def _own_classes(config: Any) -> Iterator[Any]:
     package = importlib.import_module(type(config).__module__.rpartition(".")[0])
     for _, name, _ in pkgutil.iter_modules(package.__path__):
         if name.startswith("modeling_"):
             module = importlib.import_module(f"{package.__name__}.{name}")
             for kind in vars(module).values():
-                if (
-                    inspect.isclass(kind)
-                    and getattr(kind, "config_class", None) is type(config)
-                    and kind.__module__ == module.__name__
-                    and getattr(kind, "forward", None) is not nn.Module.forward
-                    and not kind.__name__.endswith("PreTrainedModel")
-                ):
-                    yield functools.partial(_from, kind, config)
-
-
-def _from(make: Callable[[Any], Any], config: Any) -> Any:
-    return make(copy.deepcopy(config))
+                if inspect.isclass(kind) and kind.__module__ == module.__name__:
+                    mine = getattr(kind, "config_class", None) is type(config)
+                    if mine and not kind.__name__.endswith("PreTrainedModel"):
+                        yield kind
 
 
 def auto_classes(config: Any) -> list[Any]:

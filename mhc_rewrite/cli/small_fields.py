@@ -90,6 +90,7 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     for name, value in fields.items():  # numbers of layers whose states are read
         if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
             small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
+            small |= {"out_features": None} if "out_features" in fields else {}  # their names
     for part, inner in parts.items():  # pictures that are cut into ones of a part's size
         if isinstance(size := fields.get("patch_size"), int) and size == getattr(inner, "image_size", None):
             small["patch_size"] = small[part].get("image_size", size)

@@ -49,8 +49,10 @@ def _unset(error: Exception) -> Iterator[tuple[Any, str, Any]]:
                 source = "".join(linecache.getlines(frame.f_code.co_filename)[frame.f_code.co_firstlineno - 1 :])
                 read = re.search(rf"self\.{name} = config\.(\w+)", source)
                 option = read[1] if read else name
-            if hasattr(config, "to_dict") and vars(config).get(option, 0) is None:
-                yield config, option, _value(config, option, text)
+            if config is not None and hasattr(config, "to_dict"):
+                option = config.attribute_map.get(option, option)
+                if vars(config).get(option, 0) is None:
+                    yield config, option, _value(config, option, text)
 
 
 def _value(config: Any, name: str, text: str) -> Any:

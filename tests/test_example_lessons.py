@@ -100,6 +100,15 @@ class Sized(Model):
         return pixel_values
 
 
+class High(Sized):
+    """As timm says it."""
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        if pixel_values.shape[-2] != 96:
+            raise AssertionError(f"Input height ({pixel_values.shape[-2]}) doesn't match model (96).")
+        return pixel_values
+
+
 class TooSmall(Sized):
     def forward(self, pixel_values: Tensor) -> Any:
         height, width = pixel_values.shape[-2:]
@@ -202,6 +211,7 @@ LEARNT: dict[type[Model], dict[str, Any]] = {
     Batched: {"input_features": (2, 64, 36)},
     InPieces: {"input_values": (2, 2100)},
     Sized: {"pixel_values": (2, 3, 48, 40)},
+    High: {"pixel_values": (2, 3, 96, 96)},
     TooSmall: {"pixel_values": (2, 3, 1024, 1024)},
     Counted: {"pixel_values": (2, 3, 128, 128)},
     Codebooks: {"input_ids": (2, 8, 3)},

@@ -72,7 +72,8 @@ def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
             scaled[-1] += total - sum(scaled)
             changed = _replaced(options, sizes, scaled) or _with_section(options, scaled)
         elif found := re.search(r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", message):
-            changed = _replaced(options, int(found[2]), int(found[1]))  # what the layer wants, what it gets
+            got, wanted = int(found[1]), int(found[2])  # a width inside the model is a round number; others are inputs'
+            changed = _replaced(options, wanted, got) if got % 32 == 0 else {}
         else:
             continue
         fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}

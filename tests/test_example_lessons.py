@@ -66,6 +66,27 @@ class Normalised(Sound):
         return self.norm(input_features)
 
 
+class Batched(Sound):
+    """A table a frame, of a width that only the product says."""
+
+    def __init__(self) -> None:
+        super().__init__(num_mel_bins=20)
+        self.first = nn.Linear(3, 4)
+        self.table = nn.Parameter(torch.randn(2, 36, 5))
+
+    def forward(self, input_features: Tensor) -> Any:
+        return torch.bmm(input_features, self.table)
+
+
+class InPieces(Sound):
+    main_input_name = "input_values"
+
+    def forward(self, input_values: Tensor) -> Any:
+        if input_values.shape[1] % 150:
+            raise ValueError(f"`input_values` length {input_values.shape[1]} is not a multiple of 150.")
+        return input_values.unflatten(1, (-1, 150))
+
+
 class Sized(Model):
     """Says which size of picture it was built for, and the config does not."""
 
@@ -76,6 +97,15 @@ class Sized(Model):
         height, width = pixel_values.shape[-2:]
         if (height, width) != (48, 40):
             raise ValueError(f"Input image size ({height}*{width}) doesn't match model (48*40).")
+        return pixel_values
+
+
+class High(Sized):
+    """As timm says it."""
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        if pixel_values.shape[-2] != 96:
+            raise AssertionError(f"Input height ({pixel_values.shape[-2]}) doesn't match model (96).")
         return pixel_values
 
 
@@ -178,7 +208,10 @@ LEARNT: dict[type[Model], dict[str, Any]] = {
     MoreChannels: {"input_features": None},
     WiderFrames: {"input_features": (2, 64, 60)},
     Normalised: {"input_features": (2, 64, 28)},
+    Batched: {"input_features": (2, 64, 36)},
+    InPieces: {"input_values": (2, 2100)},
     Sized: {"pixel_values": (2, 3, 48, 40)},
+    High: {"pixel_values": (2, 3, 96, 96)},
     TooSmall: {"pixel_values": (2, 3, 1024, 1024)},
     Counted: {"pixel_values": (2, 3, 128, 128)},
     Codebooks: {"input_ids": (2, 8, 3)},

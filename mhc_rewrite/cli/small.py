@@ -17,8 +17,8 @@ from torch import nn
 from mhc_rewrite.capture.examples.arguments import Arguments
 from mhc_rewrite.capture.examples.search import search
 from mhc_rewrite.cli.errors import UsageError
-from mhc_rewrite.cli.small_fields import HEADS, Heads, small_fields
-from mhc_rewrite.cli.small_repairs import repair, repair_split
+from mhc_rewrite.cli.small_fields import HEADS, Heads, part_fields, small_fields
+from mhc_rewrite.cli.small_repairs import repair, repair_run
 
 MAX_PARAMETERS, LARGE = 500_000_000, 100_000_000
 REPAIRS, TRIALS, SECONDS = 6, 14, 5.0
@@ -34,7 +34,8 @@ def apply_overrides(config: Any, fields: dict[str, Any], overrides: Mapping[str,
     for key, value in overrides.items():
         name, _, rest = key.partition(".")
         if rest and name in getattr(config, "sub_configs", {}):
-            merged[name] = apply_overrides(getattr(config, name), merged.get(name, {}), {rest: value})
+            part = getattr(config, name)
+            merged[name] = apply_overrides(part, merged.get(name, part_fields(part, {})), {rest: value})
             continue
         known = sorted({*config.to_dict(), *getattr(config, "attribute_map", {})})
         if key not in known:
@@ -66,6 +67,7 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
         raise UsageError(f"hf:{model_type}: {config_class.__name__} has no defaults ({_first_line(error)}).") from error
     failure: Exception | None = None
     built: Any = None
+    running: Any = None
     for shallow, heads in _WAYS:
         fields = apply_overrides(default, small_fields(default, shallow=shallow, heads=heads), overrides)
         most = MAX_PARAMETERS if built is None else LARGE
@@ -81,11 +83,14 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
                 if not repair(default, fields, error):
                     break
                 continue
-            if not (errors := _errors(model)):
-                return model
             built = built or model
-            if not any(repair_split(default, fields, message) for message in errors):
+            ran, errors = _tried(model)
+            if ran:
+                running = model
+            if not errors or not repair_run(default, fields, errors):
                 break
+        if running is not None:
+            return running
     if built is not None:
         return built
     assert failure is not None
@@ -102,11 +107,11 @@ _WAYS: tuple[tuple[bool, Heads], ...] = (
 )  # fmt: skip
 
 
-def _errors(model: Any) -> list[str]:
-    """What went wrong with some examples, none if one ran: parts of a config may contradict each other once small."""
+def _tried(model: Any) -> tuple[bool, list[str]]:
+    """Whether an example runs, and the errors before it: parts of a config may contradict each other once small."""
     arguments = Arguments(model)
     found, errors = search(model, arguments.starts(), arguments, TRIALS, SECONDS)
-    return [] if found is not None else errors
+    return found is not None, errors
 
 
 def _fails(config: Any) -> bool:
@@ -139,32 +144,33 @@ def maker(config: Any) -> tuple[Callable[[], Any], int]:
         except Exception as error:
             failure = failure or error
     raise failure or UsageError(
-        f"hf:{config.model_type}: a {type(config).__name__} is for a part of another model, none is made of it. "
+        f"hf:{config.model_type}: {type(config).__name__} is of a part of another model, and no model is made of it. "
         "Name the model that it is a part of."
     )
 
 
 def _makers(config: Any) -> Iterator[Callable[[], Any]]:
-    """By transformers' Auto classes, or, of a part of a larger model, by its own classes."""
-    for auto in auto_classes(config):
-        yield functools.partial(_from, auto.from_config, config)
+    """By transformers' Auto classes, or, of a part of a larger model, by its own classes, with a forward first."""
+    kinds = [*auto_classes(config), *sorted(_own_classes(config), key=lambda kind: kind.forward is nn.Module.forward)]
+    for kind in kinds:
+        make = getattr(kind, "from_config", kind)
+        yield functools.partial(_from, make, config)
+
+
+def _from(make: Callable[[Any], Any], config: Any) -> Any:
+    return make(copy.deepcopy(config))
+
+
+def _own_classes(config: Any) -> Iterator[Any]:
     package = importlib.import_module(type(config).__module__.rpartition(".")[0])
     for _, name, _ in pkgutil.iter_modules(package.__path__):
         if name.startswith("modeling_"):
             module = importlib.import_module(f"{package.__name__}.{name}")
             for kind in vars(module).values():
-                if (
-                    inspect.isclass(kind)
-                    and getattr(kind, "config_class", None) is type(config)
-                    and kind.__module__ == module.__name__
-                    and getattr(kind, "forward", None) is not nn.Module.forward
-                    and not kind.__name__.endswith("PreTrainedModel")
-                ):
-                    yield functools.partial(_from, kind, config)
-
-
-def _from(make: Callable[[Any], Any], config: Any) -> Any:
-    return make(copy.deepcopy(config))
+                if inspect.isclass(kind) and kind.__module__ == module.__name__:
+                    mine = getattr(kind, "config_class", None) is type(config)
+                    if mine and "PreTrainedModel" not in kind.__name__:
+                        yield kind
 
 
 def auto_classes(config: Any) -> list[Any]:

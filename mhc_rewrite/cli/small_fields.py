@@ -32,7 +32,7 @@ _HANDED_OVER = re.compile(
 _TO_LANGUAGE = re.compile(r"^(out|output|text|llm|language|lm)_(hidden_size|hidden_dim|dim|embed_dim|d_model)$")
 _TOKEN_IDS = re.compile(r"_token_(id|index)$")
 _CLIP = re.compile(r"^(num_frames|frames_per_clip)$")
-_TAPPED = re.compile(r"hook_ids$|^out_indices$|feature_layers?$")
+_TAPPED = re.compile(r"hook_ids$|^out_indices$|feature_layers?$|^intermediate_layers_indices$")
 _STAGES = ("depths", "hidden_sizes")
 _PLACEHOLDERS = re.compile(r"^(image|video|audio)_token_(id|index)$")
 _FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -56,7 +56,7 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
         if (sub := getattr(config, name, None)) is not None and hasattr(sub, "to_dict")
     }
     small: dict[str, Any] = {
-        name: _part(sub, _small_fields(sub, shallow, heads, factor)) for name, sub in parts.items()
+        name: part_fields(sub, _small_fields(sub, shallow, heads, factor)) for name, sub in parts.items()
     }
     depth = _depth(config, fields)
     if any(_SHARED.search(name) for name, _ in _numbers(fields)):
@@ -90,6 +90,7 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     for name, value in fields.items():  # numbers of layers whose states are read
         if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
             small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
+            small |= {"out_features": None} if "out_features" in fields else {}  # their names
     for part, inner in parts.items():  # pictures that are cut into ones of a part's size
         if isinstance(size := fields.get("patch_size"), int) and size == getattr(inner, "image_size", None):
             small["patch_size"] = small[part].get("image_size", size)
@@ -97,7 +98,8 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
         _agree(config, parts, small)
     if words := small.get("vocab_size", _words(small)):
         small |= _token_ids(fields, words)
-    return small
+    # What is small already is made as it always is: not all configs take what they give out.
+    return {name: value for name, value in small.items() if name not in parts or value != part_fields(parts[name], {})}
 
 
 def _patch(fields: Mapping[str, Any]) -> int | None:
@@ -120,7 +122,7 @@ def _depth(config: Any, fields: Mapping[str, Any]) -> int:
     return min(depth, MOST_LAYERS)
 
 
-def _part(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
+def part_fields(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
     """A config inside another as fields: small, and with what the outer one chose for it."""
     usual = type(config)().to_dict()
     chosen = {k: v for k, v in _labelled(config.to_dict()).items() if k not in usual or usual[k] != v}

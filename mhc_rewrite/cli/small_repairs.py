@@ -49,8 +49,10 @@ def _unset(error: Exception) -> Iterator[tuple[Any, str, Any]]:
                 source = "".join(linecache.getlines(frame.f_code.co_filename)[frame.f_code.co_firstlineno - 1 :])
                 read = re.search(rf"self\.{name} = config\.(\w+)", source)
                 option = read[1] if read else name
-            if hasattr(config, "to_dict") and vars(config).get(option, 0) is None:
-                yield config, option, _value(config, option, text)
+            if config is not None and hasattr(config, "to_dict"):
+                option = config.attribute_map.get(option, option)
+                if vars(config).get(option, 0) is None:
+                    yield config, option, _value(config, option, text)
 
 
 def _value(config: Any, name: str, text: str) -> Any:
@@ -60,18 +62,24 @@ def _value(config: Any, name: str, text: str) -> Any:
     return SMALL
 
 
-def repair_split(default: Any, fields: dict[str, Any], message: str) -> bool:
-    """Scales a list of sizes to the sum that a split wants. Whether some option is that list."""
-    found = re.search(r"split_sizes to sum exactly to (\d+) .*split_sizes=\[([\d, ]+)\]", message)
-    if found is None:
-        return False
-    total, sizes = int(found[1]), [int(size) for size in found[2].split(",")]
-    scaled = [size * total // sum(sizes) for size in sizes]
-    scaled[-1] += total - sum(scaled)
+def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
+    """Changes the options that contradict others in a run: sizes of a split, or a width. Whether there were any."""
     options = _merged(default.to_dict(), fields)
-    changed = _replaced(options, sizes, scaled) or _with_section(options, scaled)
-    fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
-    return bool(changed)
+    for message in dict.fromkeys(errors):
+        if found := re.search(r"split_sizes to sum exactly to (\d+) .*split_sizes=\[([\d, ]+)\]", message):
+            total, sizes = int(found[1]), [int(size) for size in found[2].split(",")]
+            scaled = [size * total // sum(sizes) for size in sizes]
+            scaled[-1] += total - sum(scaled)
+            changed = _replaced(options, sizes, scaled) or _with_section(options, scaled)
+        elif found := re.search(r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", message):
+            got, wanted = int(found[1]), int(found[2])  # a width inside the model is a round number; others are inputs'
+            changed = _replaced(options, wanted, got) if got % 32 == 0 else {}
+        else:
+            continue
+        fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
+        if changed:
+            return True
+    return False
 
 
 def _merged(below: Any, above: Any) -> Any:
@@ -80,11 +88,11 @@ def _merged(below: Any, above: Any) -> Any:
     return above
 
 
-def _replaced(tree: dict[str, Any], old: list[int], new: list[int]) -> dict[str, Any]:
-    """The parts of nested options that hold a list, with another in its place; other options beside it stay."""
+def _replaced(tree: dict[str, Any], old: Any, new: Any) -> dict[str, Any]:
+    """The parts of nested options that are `old`, as `new`; what stands beside them in a dict of theirs stays."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, (list, tuple)) and list(value) == old:
+        if (list(value) if isinstance(value, tuple) else value) == old and not isinstance(value, bool):
             found[key] = new
         elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
             found[key] = {**value, **inner} if key == "rope_parameters" else inner

@@ -240,6 +240,6 @@ _RULES: tuple[tuple[str, Callable[[Arguments, str, Call], list[Any]]], ...] = (
     (r"position_ids$", Arguments.positions),
     (r"mask$", Arguments.text_mask),
     (r"(^|_)input_ids$|^tokens$|^tgt_|_input_ids$", Arguments.tokens),
-    (r"_ids$", Arguments.small_ids),
+    (r"_(ids|idx|index|indices|indexes)$", Arguments.small_ids),
     (r"(hidden_states?|embeds|latents?|embeddings?|features?|sample|^input|^x|query)$", Arguments.hidden),
 )

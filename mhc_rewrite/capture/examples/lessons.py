@@ -144,6 +144,18 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
         for name, shape in shapes.items():
             if shape[-1] == width and math.prod(shape[:-1]) == rows:
                 yield name, (*shape[:-1], wanted)
+                if len(shape) == 3:
+                    yield name, (shape[0], wanted)
+    elif found := re.search(r"dimensions of batch2 tensor to be: \[\d+, (\d+)\] but got: \[\d+, (\d+)\]", message):
+        for name, shape in shapes.items():
+            if shape[-1] == int(found[1]) and name in (blamed or shapes):
+                yield name, (*shape[:-1], int(found[2]))
+    elif found := re.search(r"\b(\d+)\D* (?:a multiple of|divisible by) \D*(\d+)", message):
+        length, divisor = int(found[1]), int(found[2])
+        for name, shape in shapes.items():
+            if length in shape[1:] and divisor:
+                axis = shape.index(length, 1)
+                yield name, (*shape[:axis], -(-length // divisor) * divisor, *shape[axis + 1 :])
     elif found := re.search(r"normalized_shape=\[(\d+)\].*size\[([\d, ]+)\]", message):
         got, wanted = tuple(map(int, found[2].split(","))), int(found[1])
         for name, shape in shapes.items():
@@ -154,6 +166,10 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
         for name, shape in shapes.items():
             if shape[-2:] == (a, b):
                 yield name, (*shape[:-2], *wanted_size)
+    elif found := re.search(r"(?:height|width) \((\d+)\) doesn't match model \((\d+)\)", message):
+        for name, shape in shapes.items():
+            if int(found[1]) in shape[-2:]:
+                yield name, (*shape[:-2], int(found[2]), int(found[2]))
     elif found := re.search(r"size (\d+)x(\d+) is too small", message):
         for name, shape in shapes.items():
             if shape[-2:] == (int(found[1]), int(found[2])):

@@ -244,7 +244,7 @@ class ModuleTracer(fx.Tracer):
 
     def _shadow(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """The value on the example, and what running a child showed."""
-        real_args, real_kwargs = real(args), real(kwargs)
+        real_args, real_kwargs = self.made.real(args), self.made.real(kwargs)
         child, run = None, target
         if kind == "call_module":
             child = run = self.root.get_submodule(target)

@@ -140,7 +140,7 @@ class CarrierRole:
         Which graph is tried first is the same each time: a checkpoint finds in backward what it found in forward.
         """
         while True:
-            beginning = Beginning(module, variant.captured.written, leaves)
+            beginning = Beginning(module, leaves)
             try:
                 return variant, self.run(variant, module, *leaves.values(), *variant.constants)
             except Otherwise as other:

@@ -35,6 +35,12 @@ def is_opaque(function: Any) -> bool:
     return hasattr(function, _OPAQUE)
 
 
+def has_backward(function: Any) -> bool:
+    """Whether an opaque function is one of autograd's that somebody has written, with a backward of its own."""
+    owner = getattr(function, _OPAQUE, None)
+    return isinstance(owner, type) and not owner.__module__.startswith("torch.")
+
+
 _opaque_functions: dict[Any, Callable[..., Any]] = {}
 
 
@@ -47,7 +53,7 @@ def _opaque(run: Callable[..., Any], owner: Any) -> Callable[..., Any]:
     name: Any = owner.name if isinstance(owner, torch.jit.ScriptFunction) else owner.__name__
     call.__name__ = call.__qualname__ = name
     call.__module__ = "mhc_rewrite.opaque"
-    setattr(call, _OPAQUE, True)
+    setattr(call, _OPAQUE, owner)
     return _opaque_functions.setdefault(owner, call)
 
 

@@ -52,7 +52,6 @@ class ModuleGraph:
         constants: objects that the forward got from elsewhere.
         guards: conditions on sizes.
         outcomes: what its questions about the content of tensors came to, in order; see decisions.py.
-        written: buffers that a call changes, by path.
         reads: plain values that its Python read, and where: it holds while they are the same.
         asks_dtype: whether the forward looked at a dtype.
         parameter_dtypes: the dtypes of parameters and buffers that it looked at, by path.
@@ -65,7 +64,6 @@ class ModuleGraph:
     constants: tuple[Any, ...] = ()
     guards: list[Guard] = field(default_factory=list)
     outcomes: tuple[Any, ...] = ()
-    written: tuple[str, ...] = ()
     reads: tuple[Read, ...] = ()
     asks_dtype: bool = False
     parameter_dtypes: dict[str, torch.dtype] = field(default_factory=dict)

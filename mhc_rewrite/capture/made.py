@@ -16,6 +16,7 @@ from unittest import mock
 from torch import fx, nn
 
 from mhc_rewrite.capture.held import CONTAINERS, held_by, is_torchs_or_pythons
+from mhc_rewrite.capture.values import TRACED
 
 if TYPE_CHECKING:
     from mhc_rewrite.capture.tracer import ModuleTracer
@@ -36,6 +37,7 @@ class MadeObjects:
         self.unknown: set[type] = set()
         self.found: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = {}
         self.nodes: dict[int, fx.Node] = {}
+        self.twins: dict[int, Any] = {}  # what calls get in their place: made with the example's values
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -54,6 +56,16 @@ class MadeObjects:
                 stack.enter_context(mock.patch.object(kind, "__init__", making(kind.__init__)))  # type: ignore[misc]
             yield
 
+    def real(self, structure: Any) -> Any:
+        """A structure with the example's values, before a call gets it that may change what it gets."""
+
+        def value(leaf: Any) -> Any:
+            if id(leaf) in self.found and self.node(leaf) is not None:
+                return self.twins[id(leaf)]
+            return leaf.value if type(leaf) in TRACED else leaf
+
+        return fx.node.map_aggregate(structure, value)
+
     def node(self, thing: Any) -> fx.Node | None:
         """The node that makes an object; None for one that comes from elsewhere."""
         if id(thing) in self.nodes:
@@ -70,6 +82,7 @@ class MadeObjects:
             type(thing), self.tracer.create_arg(args), self.tracer.create_arg(kwargs)
         )  # fmt: skip
         self.nodes[id(thing)] = made
+        self.twins[id(thing)] = type(thing)(*self.real(args), **self.real(kwargs))
         self.tracer.watch.hand_on(thing)
         return made
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.call import CallShape, as_now, flatten
-from mhc_rewrite.capture.functions import opaque_calls
+from mhc_rewrite.capture.functions import has_backward, opaque_calls
 from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.plans import SourceLine
 
@@ -107,6 +107,7 @@ class ModuleCall:
     leaf_values: dict[str, int] = field(default_factory=dict)  # path of a leaf of the bound arguments -> value
     last: int = -1
     outputs: tuple[int | None, ...] = ()  # values of the result's leaves; None for what is no tensor
+    inside: str = ""  # the autograd.Function, with a backward of its own, that it was called in
 
 
 @dataclass
@@ -152,6 +153,7 @@ class _Recorder(TorchFunctionMode):
         self.values: dict[int, int] = {}  # by id, of tensors that live
         self.living: dict[int, weakref.ref[Tensor]] = {}
         self.stack: list[int] = []
+        self.functions = [""]  # of autograd, that run
         self.sums = Sums(lambda structure: structure)
 
     def value(self, tensor: Tensor) -> int:
@@ -206,7 +208,11 @@ class _Recorder(TorchFunctionMode):
     def opaque(self, function: Any, args: Any, kwargs: Any) -> Any:
         """A function whose own calls need not show: what it makes out of their sight is taken to be mixed."""
         inputs = tuple(self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        result = function(*args, **kwargs)
+        self.functions.append(function.__name__ if has_backward(function) else self.functions[-1])
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.functions.pop()
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and id(t) not in self.values]
         if made and self.stack:
             self.write(function, inputs, made, True)
@@ -219,6 +225,7 @@ class _Recorder(TorchFunctionMode):
         call = ModuleCall(
             index=len(self.recording.calls), module=module, name=name, parent=parent,
             inputs=tuple(self.value(t) for t in tensors), first=len(self.recording.operations),
+            inside=self.functions[-1],
         )  # fmt: skip
         call.key, leaves = flatten(bound)
         call.leaf_values = {path: self.value(v) for path, v in leaves.items() if isinstance(v, Tensor)}

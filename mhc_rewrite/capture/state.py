@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mhc_rewrite.errors import CaptureError
 
@@ -130,19 +130,3 @@ def _put_back(roots: tuple[nn.Module, ...]) -> Iterator[None]:
             owner._buffers[name] = buffer
         for owner, plain in attributes:  # the mode among them
             owner.__dict__.update(plain)
-
-
-def versions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each buffer is, by path, and how often it was written to; an inference tensor does not say."""
-    return {path: (id(buffer), version(buffer)) for path, buffer in module.named_buffers(remove_duplicate=False)}
-
-
-def changed_since(module: nn.Module, before: dict[str, tuple[int, int]]) -> tuple[str, ...]:
-    """The paths of the buffers that are not as `versions` said."""
-    now = versions(module)
-    return tuple(path for path, known in before.items() if now.get(path) != known)
-
-
-def version(buffer: Tensor) -> int:
-    """How often a tensor was written to, as far as it says."""
-    return 0 if buffer.is_inference() else buffer._version

@@ -26,7 +26,6 @@ from mhc_rewrite.capture.graph import Guard, InlinedCall, ModuleGraph, has_effec
 from mhc_rewrite.capture.made import MadeObjects
 from mhc_rewrite.capture.reads import attributes_of
 from mhc_rewrite.capture.record import frames_within, user_line
-from mhc_rewrite.capture.state import changed_since, versions
 from mhc_rewrite.capture.stores import Stores
 from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.capture.values import TRACED, TracedTensor, TracedValue, real
@@ -89,7 +88,6 @@ class ModuleTracer(fx.Tracer):
         modules = [self.root, *self.inlined]
         stores = Stores(self, modules)
         self.watch = Watch(self, forward)
-        written = versions(self.root)
         try:
             with self.watch, calls_seen(self), self.made.watched():
                 result = forward(self.root, *args, **kwargs)
@@ -113,7 +111,6 @@ class ModuleTracer(fx.Tracer):
             stores.put_back()
         self.graph.eliminate_dead_code(is_impure_node=has_effects)
         self.captured.constants = tuple(value for _, value in self.constants.values())
-        self.captured.written = changed_since(self.root, written)
         self._check_guards()
         change = lasting_change(self.graph.nodes)
         if change is not None:
@@ -244,7 +241,7 @@ class ModuleTracer(fx.Tracer):
 
     def _shadow(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """The value on the example, and what running a child showed."""
-        real_args, real_kwargs = real(args), real(kwargs)
+        real_args, real_kwargs = self.made.real(args), self.made.real(kwargs)
         child, run = None, target
         if kind == "call_module":
             child = run = self.root.get_submodule(target)

@@ -71,6 +71,8 @@ def _read(traced: Any, name: str) -> Any:
     """An attribute or a method, as a node; torch's own argument parser, say, would take no traced size."""
     with traced.tracer.as_shadow():
         attribute = getattr(traced.value, name)  # an AttributeError here is the user's, as it would be in life
+    if traced.tracer.shadowing:  # inside an object that a child got
+        return attribute
     if callable(attribute) and not isinstance(attribute, Tensor):
         return lambda *args, **kwargs: traced.tracer.create_proxy("call_method", name, (traced, *args), kwargs)
     return traced.tracer.create_proxy("call_function", getattr, (traced, name), {})
@@ -145,6 +147,8 @@ def _magic(name: str, reflected: bool = False) -> Callable[..., Any]:
 
     def apply(self: TracedTensor, *others: Any) -> Any:
         args = (*others, self) if reflected else (self, *others)
+        if self.tracer.shadowing:
+            return self.tracer.outside(function, args, {})
         return self.tracer.create_proxy("call_function", function, args, {})
 
     return apply
@@ -156,6 +160,8 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
     def apply(self: TracedTensor | TracedValue, other: Any) -> Any:
         if not isinstance(self.value, Tensor):
             return NotImplemented  # numbers are immutable: Python falls back to the plain operator
+        if self.tracer.shadowing:
+            return self.tracer.outside(function, (self, other), {})
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return apply

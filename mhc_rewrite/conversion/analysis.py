@@ -259,6 +259,13 @@ def _link(
     rejected = list(rejections)
     for call in chosen:
         captured = captures.by_kind[CallKind(call.name, training, call.key)]
+        if call.inside:
+            captured = CaptureError(
+                f"{call.name!r} ({type(call.module).__name__}) is called inside {call.inside}, a "
+                "torch.autograd.Function with a backward of its own, which knows nothing of streams. That of a "
+                "reversible network computes what came into a layer from what left it, which several do not allow.",
+                call.name,
+            )
         if isinstance(captured, CaptureError):
             if not _matches_module(call.name, config.exclude):
                 raise captured

@@ -160,7 +160,7 @@ class CarrierRole:
         Which graph is tried first is the same each time: a checkpoint finds in backward what it found in forward.
         """
         while True:
-            beginning = Beginning(module, variant.captured.written, leaves)
+            beginning = Beginning(module, leaves)
             try:
                 return variant, self.run(variant, module, given, leaves, arriving)
             except Otherwise as other:

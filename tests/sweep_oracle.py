@@ -210,7 +210,8 @@ class Run(TorchFunctionMode):
             Unclear: the list does not say which add a site is, or what its trunk is.
         """
         of_stream = {site.name: number for number, stream in enumerate(streams) for site in stream.sites}
-        matched = self._matched([site for stream in streams for site in stream.sites])
+        once = {site.name: site for stream in streams for site in stream.sites}  # a layer that is called again
+        matched = self._matched(list(once.values()))
         return _Replay(self, matched, of_stream, parameters, n, eps).run()
 
     def _matched(self, sites: Sequence[Any]) -> dict[int, tuple[Residual, Any]]:

@@ -67,6 +67,26 @@ def test_what_is_none(forward: Any) -> None:
     torch.testing.assert_close(mhcify(model, (x,))(x), want)
 
 
+class Normed(nn.Module):
+    """RepVGG's skip: BatchNorm on the trunk, which in training has statistics over everything."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.skip = nn.Conv2d(8, 8, 3, padding=1), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.conv(x)
+
+
+@pytest.mark.parametrize("size", (4, 64))
+def test_statistics_over_everything_end_a_stream(size: int) -> None:
+    """Also where so many values take part that those of two streams of one distribution would come out alike."""
+    x = (torch.randn(4, 8, size, size),)
+    with pytest.raises(NoResidualError):
+        plan(nn.Sequential(*(Normed(nn.BatchNorm2d(8)) for _ in range(3))), x)
+    assert len(plan(nn.Sequential(*(Normed(nn.GroupNorm(2, 8)) for _ in range(3))), x).sites) == 3
+
+
 def test_the_nearest_misses_come_first() -> None:
     """What has nothing of a residual, positions and rotations say, is told last."""
 

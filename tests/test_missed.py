@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 import oracle
 from golden import WIDTH, Layer, features
-from handmade import missed
+from handmade import layouts, missed
 from handmade.common import Kind
 from mhc_rewrite import mhcify, plan
 from mhc_rewrite.errors import NoResidualError
 from test_perturbed import Compared
 
 
-@pytest.mark.parametrize("kind", missed.KINDS, ids=str)
+@pytest.mark.parametrize("kind", (*missed.KINDS, *layouts.KINDS), ids=str)
 def test_equals_hand_written(kind: Kind) -> None:
     found = plan(kind.model(), kind.arguments())
     assert tuple(tuple(site.name for site in stream.sites) for stream in found.streams) == kind.streams
+    assert {site.channel_dim for site in found.sites} == {kind.channel_dim}
     compared = Compared(kind, 4)
     assert sorted(oracle.site_names(compared.converted.state_dict())) == sorted(kind.sites())
     for train in (False, True):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from mhc_rewrite.capture import vocabulary
+from mhc_rewrite.passes.axes import axis_operation
 from mhc_rewrite.passes.lineage import ancestors
 
 _RESHAPING = frozenset("view reshape flatten unflatten".split())
@@ -51,11 +52,21 @@ def _laid_out(add: fx.Node, results: set[Any]) -> tuple[fx.Node, fx.Node, list[f
         return None
     for trunk, branch in (add.args, add.args[::-1]):
         base, operations = _way_back(trunk)  # type: ignore[arg-type]
-        moves = any(vocabulary.name_of(operation.target) in _PERMUTING for operation in operations)
         begins = _is_sum(base) or (base.op == "placeholder" and base.meta["shape"] in results)
-        if moves and begins and base in ancestors(branch):  # type: ignore[arg-type]
+        if _moves_features(operations) and begins and base in ancestors(branch):  # type: ignore[arg-type]
             return base, branch, operations  # type: ignore[return-value]
     return None
+
+
+def _moves_features(operations: list[fx.Node]) -> bool:
+    """Whether no axis stays where it is in all of them: else they can be done to every stream."""
+    stay = {-1, 1}
+    for operation in operations:
+        before: Any = operation.args[0]
+        found = axis_operation(operation, before.meta["shape"])
+        if vocabulary.name_of(operation.target) not in _COPYING:
+            stay &= set(found.channel_dims) if found is not None else set()
+    return not stay
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -210,7 +210,8 @@ class Run(TorchFunctionMode):
             Unclear: the list does not say which add a site is, or what its trunk is.
         """
         of_stream = {site.name: number for number, stream in enumerate(streams) for site in stream.sites}
-        matched = self._matched([site for stream in streams for site in stream.sites])
+        once = {site.name: site for stream in streams for site in stream.sites}  # a layer that is called again
+        matched = self._matched(list(once.values()))
         return _Replay(self, matched, of_stream, parameters, n, eps).run()
 
     def _matched(self, sites: Sequence[Any]) -> dict[int, tuple[Residual, Any]]:
@@ -380,9 +381,9 @@ class _Replay:
     def _block_reads(self, site_op: int, value: int) -> Tensor:
         self._begin(value)
         _, site = self.sites[site_op]
-        dim = _stream_dim(site.channel_dim)
-        X = torch.stack(self.streams[value], dim)
-        u, H_post, H_res = oracle.site(self.parameters[site.name], X, site.channel_dim, eps=self.eps)
+        axis = _axis(site, self.streams[value][0])
+        X = torch.stack(self.streams[value], _stream_dim(axis))
+        u, H_post, H_res = oracle.site(self.parameters[site.name], X, axis, eps=self.eps)
         self.coefficients[site_op] = H_post, H_res
         return u
 
@@ -394,14 +395,21 @@ class _Replay:
         if number not in self.coefficients:
             self._block_reads(number, self.read_point[number])
         H_post, H_res = self.coefficients[number]
-        dim = _stream_dim(site.channel_dim)
         if residual.trunk not in self.streams:
             raise Unclear("a trunk that does not come from where its stream begins")
+        axis = _axis(site, self.streams[residual.trunk][0])
+        dim = _stream_dim(axis)
         y = self.read(residual.branches[0])
         for branch in residual.branches[1:]:
             y = y + self.read(branch)
-        new = oracle.apply(torch.stack(self.streams[residual.trunk], dim), y, H_post, H_res, site.channel_dim)
+        new = oracle.apply(torch.stack(self.streams[residual.trunk], dim), y, H_post, H_res, axis)
         self.streams[residual.sum] = [one.clone() for one in new.unbind(dim)]  # some are changed in place
+
+
+def _axis(site: Any, trunk: Tensor) -> int:
+    """Where the features are at one site: a stream may go from images to tokens and back."""
+    axis: int = site.channel_dim
+    return axis if trunk.shape[axis] == site.width else -1 if axis == 1 else 1
 
 
 def _stream_dim(channel_dim: int) -> int:

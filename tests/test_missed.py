@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 import oracle
 from golden import WIDTH, Layer, features
-from handmade import missed
+from handmade import layouts, missed
 from handmade.common import Kind
 from mhc_rewrite import mhcify, plan
 from mhc_rewrite.errors import NoResidualError
 from test_perturbed import Compared
 
 
-@pytest.mark.parametrize("kind", missed.KINDS, ids=str)
+@pytest.mark.parametrize("kind", (*missed.KINDS, *layouts.KINDS), ids=str)
 def test_equals_hand_written(kind: Kind) -> None:
     found = plan(kind.model(), kind.arguments())
     assert tuple(tuple(site.name for site in stream.sites) for stream in found.streams) == kind.streams
+    assert {site.channel_dim for site in found.sites} == {kind.channel_dim}
     compared = Compared(kind, 4)
     assert sorted(oracle.site_names(compared.converted.state_dict())) == sorted(kind.sites())
     for train in (False, True):
@@ -65,6 +66,26 @@ def test_what_is_none(forward: Any) -> None:
     model, x = Layer(forward).double(), features().double()
     want = model(x)
     torch.testing.assert_close(mhcify(model, (x,))(x), want)
+
+
+class Normed(nn.Module):
+    """RepVGG's skip: BatchNorm on the trunk, which in training has statistics over everything."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.skip = nn.Conv2d(8, 8, 3, padding=1), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.conv(x)
+
+
+@pytest.mark.parametrize("size", (4, 64))
+def test_statistics_over_everything_end_a_stream(size: int) -> None:
+    """Also where so many values take part that those of two streams of one distribution would come out alike."""
+    x = (torch.randn(4, 8, size, size),)
+    with pytest.raises(NoResidualError):
+        plan(nn.Sequential(*(Normed(nn.BatchNorm2d(8)) for _ in range(3))), x)
+    assert len(plan(nn.Sequential(*(Normed(nn.GroupNorm(2, 8)) for _ in range(3))), x).sites) == 3
 
 
 def test_the_nearest_misses_come_first() -> None:

@@ -25,6 +25,7 @@ from mhc_rewrite.capture.trace import trace
 from mhc_rewrite.capture.tracer import capture_error
 from mhc_rewrite.errors import CaptureError, MHCError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
+from mhc_rewrite.passes.layouts import unify
 from mhc_rewrite.passes.parts import spell_out
 from mhc_rewrite.passes.same_site import Known, SiteKey, learned
 from mhc_rewrite.torch_private import without_hooks
@@ -213,6 +214,7 @@ def capture_forward(
         if any(read.root is torch.compiler.is_compiling for read in graph.reads):
             _check_compiled(graph, traced)
         spell_out(graph.graph)
+        unify(graph.graph)
         with torch.no_grad():
             return graph, find_residuals(graph, module, known)
 

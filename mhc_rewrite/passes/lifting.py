@@ -140,7 +140,11 @@ def acts_per_token(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
     if device.type == "meta":
         return (-1, 1) if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()) else ()
     generator = torch.Generator().manual_seed(0)
-    ones = [torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype) for _ in range(2)]
+    # Of different means and sizes: statistics that run over both are then neither's.
+    ones = [
+        (size * torch.randn(shape, generator=generator, dtype=torch.float32) + mean).to(device, dtype)
+        for size, mean in ((1, 0), (3, 2))
+    ]
     tolerance = 1e-6 if dtype == torch.float64 else 1e-2
     found = []
     for channel_dim in (-1, 1) if len(shape) > 2 else (-1,):

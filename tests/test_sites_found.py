@@ -314,7 +314,7 @@ def test_one_branch_added_twice_is_told_by_the_way_to_the_add() -> None:
 
 class Branching(Simple):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.first(x) if x.sum() < 1e9 else x
+        return x + float(x.amax()) * self.first(x)
 
 
 @pytest.mark.parametrize(

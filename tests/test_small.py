@@ -148,10 +148,14 @@ def test_sections_of_a_rotary_embedding(message: str, options: dict[str, Any], w
     assert fields == {"text": {"hidden_size": 4, "rope_parameters": wanted}}
 
 
-def test_a_width_that_contradicts_another() -> None:
+CHANNELS = "RuntimeError: Given groups=1, ..., expected input[2, 768, 8, 8] to have 1408 channels, but got 768 channels"
+
+
+@pytest.mark.parametrize("message", [WIDTHS, CHANNELS])
+def test_a_width_that_contradicts_another(message: str) -> None:
     whole = Whole(text=Text(intermediate_size=1408, flag=True))
     fields: dict[str, Any] = {}
-    assert repair_run(whole, fields, [WIDTHS]) and fields == {"text": {"intermediate_size": 768}}
+    assert repair_run(whole, fields, [message]) and fields == {"text": {"intermediate_size": 768}}
     assert not repair_run(whole, {}, [WIDTHS.replace("768", "77")])  # an input's
 
 

@@ -183,6 +183,15 @@ class FromStates(Model):
         return inputs_embeds.shape[0] + self.embed.weight @ inputs_embeds.transpose(1, 2)
 
 
+class NoIds(Model):
+    """Says that what it is given is not to be given."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> Any:
+        if input_ids is not None:
+            raise ValueError("`input_ids` is expected to be `None`")
+        return self.embed.weight @ inputs_embeds.transpose(1, 2)
+
+
 class CacheOfNothing(Model):
     """A hybrid without a layer of attention can't make its cache."""
 
@@ -220,6 +229,7 @@ LEARNT: dict[type[Model], dict[str, Any]] = {
     Resampler: {"context": (2, 8, 16), "attention_mask": (2, 8)},
     Reduced: {"input_ids": (2, 8), "patch_ids": (2, 8), "num_patches": None},
     FromStates: {"input_ids": (2, 8), "inputs_embeds": (2, 8, 16)},
+    NoIds: {"inputs_embeds": (2, 8, 16)},
     CacheOfNothing: {"input_ids": (2, 8), "use_cache": None},
     Attended: {"input_ids": (2, 8), "attention_mask": (2, 8)},
 }

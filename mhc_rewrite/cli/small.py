@@ -94,9 +94,9 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
     if built is not None:
         return built
     assert failure is not None
-    whose = "the defaults of its config make none either" if _fails(default) else "no small one could be built"
+    nor = ", nor one of its default config" if _fails(default) else ""
     raise UsageError(
-        f"hf:{model_type}: no model of this type: {whose}: {_first_line(failure)}. "
+        f"hf:{model_type}: no small model of this type could be built{nor}: {_first_line(failure)}. "
         "Set sizes that fit with --config key=value, or write a function that returns the model: path/file.py:function."
     ) from failure
 

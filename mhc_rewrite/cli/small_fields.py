@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH = 4, 4, 512, 16, 128
+HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, QUERIES = 4, 4, 512, 16, 128, 16
 MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED = 12, 64, 4, 2
 Heads = int | None | Literal["evenly"]
 
@@ -21,7 +21,7 @@ _WIDTHS = re.compile(
     r"((hidden|intermediate|coordinate|shape)_size|(hidden|embed|proj|ffn|mlp)_dim|_width|n_embd|n_inner)$"
 )
 _WIDTH_NAMES = ("d_model", "d_ff", "dim", "emb_dim", "embedding_size", "ffn_hidden_size")
-_VOCABULARY = re.compile(r"^vocab_size$|_vocab$")
+_VOCABULARY = re.compile(r"^vocab_size|_vocab$")
 _LAYER_TYPES = re.compile(r"layers?_(block_)?types?$|^layers_block_type$|^layer_kinds$")
 _MAIN_WIDTHS = ("hidden_size", "d_model", "hidden_dim", "embed_dim", "n_embd")
 _LANGUAGE = r"^(text|language|llm|thinker|decoder|lm)(_config|_model_config)?$"
@@ -70,6 +70,8 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, EXPERTS)
         elif _VOCABULARY.search(name):
             small[name] = min(value, VOCABULARY)
+        elif name == "num_queries" and shallow:
+            small[name] = min(value, QUERIES)
         elif name == "max_source_positions" and shallow:
             small[name] = min(value, FRAMES)
         elif shallow and (name.endswith("tokens_per_image") or _CLIP.search(name)):
@@ -86,7 +88,9 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):
         small["per_layer_config"] = {key: value for key, value in of_layers.items() if int(key) < depth}
     if heads is not None:
-        small |= _narrow_fields(config, fields, heads, factor)
+        counts = {value: small[name] for name, value in _numbers(fields) if _LAYERS.search(name) and name in small}
+        for name, value in _narrow_fields(config, fields, heads, factor).items():
+            small[name] = value[: counts.get(len(value))] if isinstance(value, list) else value
     for name, value in fields.items():  # numbers of layers whose states are read
         if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
             small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
@@ -224,9 +228,17 @@ def _scaled(
         elif name.endswith("width") and name.removesuffix("width") + "height" in fields:
             continue  # of a picture
         elif (_WIDTHS.search(name) or name in _WIDTH_NAMES or (evenly and _HANDED_OVER.search(name))) and value > 8:
-            exact = value * numerator / denominator
-            narrow[name] = int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)
+            narrow[name] = _times(value, numerator, denominator)
+    layers = {value for name, value in _numbers(fields) if _LAYERS.search(name)}
+    for name, value in fields.items():
+        if _WIDTHS.search(name) and isinstance(value, (list, tuple)) and len(value) in layers:  # one a layer
+            narrow[name] = [_times(one, numerator, denominator) for one in value]
     return narrow
+
+
+def _times(width: int, numerator: int, denominator: int) -> int:
+    exact = width * numerator / denominator
+    return int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)
 
 
 def _token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from typing import Any
 from mhc_rewrite.capture.examples.lessons import failing_lines
 
 SMALL = 8
+_WIDTHS = re.compile(
+    r"shapes cannot be multiplied \(\d+x(?P<got>\d+) and (?P<layer>\d+)x\d+\)"
+    r"|to have (?P<channels>\d+) channels, but got (?P<gives>\d+) channels"
+)
 
 
 def repair(default: Any, fields: dict[str, Any], error: Exception) -> bool:
@@ -71,8 +75,11 @@ def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
             scaled = [size * total // sum(sizes) for size in sizes]
             scaled[-1] += total - sum(scaled)
             changed = _replaced(options, sizes, scaled) or _with_section(options, scaled)
-        elif found := re.search(r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", message):
-            got, wanted = int(found[1]), int(found[2])  # a width inside the model is a round number; others are inputs'
+        elif found := re.search(_WIDTHS, message):
+            wanted, got = (
+                int(number) for number in (found["layer"] or found["channels"], found["got"] or found["gives"])
+            )
+            # A width inside the model is a round number; others are inputs'.
             changed = _replaced(options, wanted, got) if got % 32 == 0 else {}
         else:
             continue

@@ -234,7 +234,7 @@ _RULES: tuple[tuple[str, Callable[[Arguments, str, Call], list[Any]]], ...] = (
     (r"^xpath_", Arguments.subscripts),
     (r"bbox$|^boxes$|^input_boxes$", Arguments.boxes),
     (r"^(lang_ids|langs|language_ids|speaker_ids?)$", Arguments.languages),
-    (r"^lengths$|_lengths$", Arguments.lengths),
+    (r"^lengths$|_(lengths|lens)$", Arguments.lengths),
     (r"^(states?|actions?|rewards|returns_to_go|timesteps)$", Arguments.decisions),
     (r"^(freq|timestep|temperature|noise_level)$", Arguments.one_number),
     (r"position_ids$", Arguments.positions),

@@ -26,6 +26,10 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
     if (counted := _wanted_placeholders(call, error)) is not None:
         yield -1.0, counted
         return
+    if (unwanted := re.search(r"`?(\w+)`? (?:is expected to|must|should) be `?None", str(error))) is not None:
+        if unwanted[1] in call.names:
+            yield -1.0, replace(call, names=tuple(name for name in call.names if name != unwanted[1]))
+            return
     named, unset = _named(str(error), call, supplier), [*_none_in_frames(error, call, supplier, supplier.known)]
     about_none = "None" in str(error)
     if about_none and not (named or unset):

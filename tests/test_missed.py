@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -29,6 +30,39 @@ def test_equals_hand_written(kind: Kind) -> None:
     compared.perturb()
     for train in (False, True):
         compared.train(train).check_perturbed()
+
+
+@pytest.mark.parametrize("form", ("an image, tokens inside", "channels last"))
+def test_a_layout_found_on_one_size_holds_for_others(form: str) -> None:
+    """The example is one square image."""
+    torch.manual_seed(0)
+    model = layouts.Turned(form).double()
+    square = torch.randn(1, layouts.WIDTH, 2, 2, dtype=torch.float64)
+    converted = mhcify(copy.deepcopy(model), (square,))
+    oracle.perturb(converted)
+    hand = oracle.Streams(dict(oracle.site_parameters(converted)), 4, channel_dim=1)
+    for size in ((2, 2), (2, 5)):
+        x = torch.randn(3, layouts.WIDTH, *size, dtype=torch.float64)
+        torch.testing.assert_close(converted(x), layouts.by_hand(model, hand, x))
+
+
+def test_another_size_at_the_end_stays_one() -> None:
+    """Height and width are exchanged on the way back, which a square image does not show."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer.conv(x)
+            t = x.flatten(2).transpose(1, 2)
+            t = t + layer.mlp(layer.norm(t))
+            x = t.transpose(1, 2).view(x.shape[0], x.shape[1], x.shape[3], x.shape[2])
+        return x
+
+    torch.manual_seed(0)
+    model = layouts.Turned("an image, tokens inside").double()
+    model.__class__ = type("Exchanging", (layouts.Turned,), {"forward": forward})
+    converted = mhcify(copy.deepcopy(model), (torch.randn(2, layouts.WIDTH, 2, 2, dtype=torch.float64),))
+    x = torch.randn(2, layouts.WIDTH, 2, 5, dtype=torch.float64)
+    torch.testing.assert_close(converted(x), model(x))
 
 
 def written_elsewhere(self: Any, x: Tensor) -> Tensor:

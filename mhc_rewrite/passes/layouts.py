@@ -28,19 +28,19 @@ _COPYING = frozenset({"contiguous"})
 
 
 def unify(graph: fx.Graph) -> int:
-    """Moves such sums of a fresh capture; returns how many. A second time there is none."""
-    moved = 0
+    """Moves such sums of a fresh capture, and undoes what is laid out and back; returns how many."""
+    changed = 0
     results = {leaf.meta.get("shape") for leaf in graph.output_node().all_input_nodes}
     for node in list(graph.nodes):
-        if (found := _laid_out(node, results)) is not None:
+        if _is_layout(node):
+            changed += _undo(node)
+        elif (found := _laid_out(node, results)) is not None:
             _move(graph, node, *found)
-            moved += 1
-    if moved:
-        for node in list(graph.nodes):
-            _undo(node)
+            changed += 1
+    if changed:
         graph.eliminate_dead_code(is_impure_node=lambda node: not _is_layout(node))
         graph.lint()
-    return moved
+    return changed
 
 
 def _laid_out(add: fx.Node, results: set[Any]) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
@@ -87,6 +87,8 @@ def _is_layout(node: fx.Node) -> bool:
     if name not in _RESHAPING | _PERMUTING | _COPYING or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     before = node.args[0].meta.get("shape")
+    if before == node.meta["shape"] and name in _RESHAPING:  # what `_undo` leaves: it may change sizes in another call
+        return False
     same = before is not None and math.prod(before) == math.prod(node.meta["shape"])
     written = any(user.meta.get("inplace") for user in node.users)
     return same and node.args[0].meta["dtype"] == node.meta["dtype"] and not written
@@ -132,36 +134,49 @@ def _inverse(graph: fx.Graph, operation: fx.Node, value: fx.Node) -> fx.Node:
         form = graph.call_function(getattr, (source, "shape"))
         new = graph.call_method("reshape", (value, form))
     else:
-        axes = _applied(operation, torch.empty([1] * len(source.meta["shape"])), axes=True)
+        sized = torch.empty(tuple(range(2, 2 + len(source.meta["shape"]))), device="meta")
+        axes = [size - 2 for size in _permuted(operation, sized).shape]
         new = graph.call_method("permute", (value, tuple(axes.index(axis) for axis in range(len(axes)))))
     new.meta.update(shape=source.meta["shape"], dtype=value.meta["dtype"])
     return new
 
 
-def _applied(operation: fx.Node, value: Tensor, axes: bool = False) -> Any:
-    """The operation on another tensor; with `axes` which axis of the input each of the result is."""
+def _permuted(operation: fx.Node, value: Tensor) -> Tensor:
     name = vocabulary.name_of(operation.target)
-    if name in _COPYING:
-        return value
-    if name in _RESHAPING:
-        return value.reshape(operation.meta["shape"])
-    if axes:
-        rank = value.dim()
-        sized = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-        return [size - 2 for size in getattr(sized, name)(*operation.args[1:], **operation.kwargs).shape]
-    return getattr(value, name)(*operation.args[1:], **operation.kwargs)
+    return value if name in _COPYING else getattr(value, name)(*operation.args[1:], **operation.kwargs)
 
 
-def _undo(node: fx.Node) -> None:
-    """Reads of what was laid out and laid out back read it as it was."""
-    if not _is_layout(node):
-        return
+def _undo(node: fx.Node) -> bool:
+    """Lets reads of what was laid out and laid out back read it as it was; returns whether `node` is that."""
     base, operations = _way_back(node)
-    if not _is_sum(base) or base.meta["shape"] != node.meta["shape"]:
-        return
-    places = torch.arange(math.prod(base.meta["shape"])).reshape(base.meta["shape"])
+    if all(vocabulary.name_of(operation.target) not in _PERMUTING for operation in operations):
+        return False
+    shape = base.meta["shape"] if _is_sum(base) else ()
+    if shape != node.meta["shape"] or not _in_order(shape, operations):
+        return False
+    if vocabulary.name_of(node.target) in ("view", "reshape"):  # in another call its sizes may be others than the sum's
+        with node.graph.inserting_before(node):
+            sized = node.graph.call_method("reshape", (base, *node.args[1:]), node.kwargs)
+        sized.meta = {**node.meta}
+        base = sized
+    node.replace_all_uses_with(base)
+    return True
+
+
+def _in_order(shape: tuple[int, ...], operations: list[fx.Node]) -> bool:
+    """Whether operations leave every element of a tensor of that shape in its place: found by trying.
+
+    Axes of size 1 would not show that they move. A batch of one is tried as a batch of two, where it stays in front.
+    """
+    shapes = [operation.meta["shape"] for operation in operations]
+    batch = 2 if shape[0] == 1 and all(other[0] == 1 for other in shapes) else shape[0]
+    if 1 in (batch, *shape[1:]):
+        return False
+    places = torch.arange(batch * math.prod(shape[1:])).reshape(batch, *shape[1:])
     value = places
-    for operation in operations:
-        value = _applied(operation, value)
-    if torch.equal(value, places):
-        node.replace_all_uses_with(base)
+    for operation, other in zip(operations, shapes, strict=True):
+        if vocabulary.name_of(operation.target) in _RESHAPING:
+            value = value.reshape(batch if other[0] == shape[0] else other[0], *other[1:])
+        else:
+            value = _permuted(operation, value)
+    return torch.equal(value, places)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from handmade.common import WIDTH, PreNorm, features, prenorm_by_hand
+from handmade.common import WIDTH, PreNorm, Stack, features, prenorm_by_hand
 from handmade.layers import PostNorm
 from mhc_rewrite import mhcify
 from mhc_rewrite.errors import StreamError, UnsupportedModelError
@@ -341,6 +342,27 @@ def test_whatever_reads(kinds: list[str]) -> None:
     want = [original.norm(found[-1]), *(read for X in found[1:] for read in probe(X))]
     got = [result["x"], *(read for reads in result["representations"].values() for read in reads)]
     compare(got, want, original, model)
+
+
+def test_hooks_that_do_not_run_are_told() -> None:
+    """Of layers that are a part of their parent's graph, since it adds to their stream itself."""
+
+    class Adding(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.layers[0].mlp(x))
+
+    torch.manual_seed(0)
+    model, seen = Adding([PreNorm() for _ in range(2)]).double().eval(), []
+    mhcify(model, (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+        model(x)
+    assert seen
+    model.layers[1].register_forward_hook(lambda *_: seen.append(2))
+    with pytest.warns(UserWarning, match=r"'layers.1' in 'the model' has forward hooks, which do not run"):
+        model(x)
 
 
 def test_form() -> None:

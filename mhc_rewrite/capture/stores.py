@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mhc_rewrite.capture.reads import same, value_at
+from mhc_rewrite.capture.record import source_line
+from mhc_rewrite.plans import SourceLine
 
 if TYPE_CHECKING:
     from mhc_rewrite.capture.tracer import ModuleTracer
@@ -56,9 +59,20 @@ class Stores:
                 tracer.watch.settled(changed)
                 return
         if stored:
-            tracer.refuse(f"it stores {stored[0][0]!r} on the module, which a graph would not repeat", None)
+            name = stored[0][0]
+            tracer.refuse(f"it stores {name!r} on the module, which a graph would not repeat", self._line(name))
         if changed:
             tracer.refuse(f"it changes {changed[0].steps[-1][1]!r}, which a graph would not repeat", None)
+
+    def _line(self, name: str) -> SourceLine | None:
+        """Where the forward's code, or what it calls, stores an attribute of this name."""
+        for code in self.tracer.watch.codes:
+            at = dict(dis.findlinestarts(code))
+            for instruction in dis.get_instructions(code):
+                if instruction.opname == "STORE_ATTR" and instruction.argval == name:
+                    line = max((start, line) for start, line in at.items() if start <= instruction.offset)[1]
+                    return source_line(code.co_filename, line)
+        return None
 
     def keep_buffers(self) -> None:
         """What the forward has put in the place of buffers, the graph puts there at its end."""

@@ -6,6 +6,7 @@ of a model that share roles don't meet.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +33,7 @@ from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.sites import recompute, streams
 from mhc_rewrite.sites.state import StreamState, is_state, plain, state, streams_of
-from mhc_rewrite.torch_private import MadeWhileTracing, outside_graphs, while_tracing
+from mhc_rewrite.torch_private import MadeWhileTracing, has_hooks, outside_graphs, while_tracing
 
 # Variants that differ in nothing but what their Python read: so many are kept.
 _KEPT = 8
@@ -106,6 +107,8 @@ class CarrierRole:
         for value in given.values():
             if isinstance(value, fx.Proxy) and not isinstance(value, TracedValue):
                 return self.as_leaf(module, value.tracer, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.warn_of_hooks(module)
         turns = self.turns(given)
         arriving, leaving = tuple(turns), self.leaving(turns)
         leaves = self.as_plain(given, turns)
@@ -178,6 +181,18 @@ class CarrierRole:
             )
         proxy: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
         return proxy
+
+    def warn_of_hooks(self, module: nn.Module) -> None:
+        """Modules that this forward runs as a part of itself are not called, so that their hooks don't run."""
+        hooked = next((path for path in self.inlined if has_hooks(module.get_submodule(path))), None)
+        if hooked is not None:
+            warnings.warn(
+                f"{hooked!r} in {self.name or 'the model'!r} has forward hooks, which do not run: it holds residual "
+                f"adds of a stream to which {type(module).__name__}'s own forward adds too, and is part of its graph. "
+                "What they collect stays empty (output_hidden_states of some transformers models, say). Hooks on "
+                f"{self.name or 'the model'!r} itself and on modules without residual adds run.",
+                stacklevel=2,
+            )
 
     def turns(self, leaves: dict[str, Any]) -> dict[int, int]:
         """The streams that come in as streams, and how often each has passed the carrier that ends it."""

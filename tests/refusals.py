@@ -59,9 +59,7 @@ class Block(nn.Module):
 
 class Branching(Block):
     def forward(self, x: Tensor) -> Tensor:
-        if x.abs().sum() > 1e9:
-            return x
-        return x + self.branch(x)
+        return x + float(x.abs().amax()) * self.branch(x)
 
 
 class Flagged(Block):
@@ -324,7 +322,7 @@ REFUSALS = {
     # forwards that can't be captured
     "a branch on content": Refusal(
         lambda: Stack(Block(), Branching(), Block(), Block()), CaptureError,
-        ("'layers.1' (Branching)", line(Branching.forward, "if x.abs()"), "content of a tensor",
+        ("'layers.1' (Branching)", line(Branching.forward, "x.abs()"), "content of a tensor",
          "exclude=('layers.1',)")),
     "a replaced forward": Refusal(lambda: with_replaced_forward(stack(), 0), CaptureError,
                                   ("'layers.0' (Block)", "replaced", "forward", "remove", "exclude=('layers.0',)")),

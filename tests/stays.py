@@ -74,9 +74,7 @@ class Branching(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return x + self.linear(x)
-        return x + 2 * self.linear(x)
+        return x + float(x.amax()) * self.linear(x)
 
 
 def gpt2() -> nn.Module:

@@ -30,7 +30,7 @@ _COPYING = frozenset({"contiguous"})
 def unify(graph: fx.Graph) -> int:
     """Moves such sums of a fresh capture, and undoes what is laid out and back; returns how many."""
     changed = 0
-    results = {leaf.meta.get("shape") for leaf in graph.output_node().all_input_nodes}
+    results = [leaf.meta.get("shape") for leaf in graph.output_node().all_input_nodes]
     for node in list(graph.nodes):
         if _is_layout(node):
             changed += _undo(node)
@@ -43,7 +43,7 @@ def unify(graph: fx.Graph) -> int:
     return changed
 
 
-def _laid_out(add: fx.Node, results: set[Any]) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
+def _laid_out(add: fx.Node, results: list[Any]) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
     """Of a sum `t(x) + branch`: x, branch, and the operations of t in order.
 
     x is an earlier sum on the trunk, or an argument in whose layout the forward returns something as well.

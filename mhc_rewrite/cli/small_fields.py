@@ -84,7 +84,9 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
         small["max_length"] = min(longest, 2 * FRAMES)
     if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
-        small["depths"] = [min(depth, 2) for depth in depths]
+        # A stage of a residual network begins with a projection: three layers leave two adds that follow one another.
+        most = 3 if "layer_type" in fields else 2
+        small["depths"] = [min(depth, most) for depth in depths]
     if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):
         small["per_layer_config"] = {key: value for key, value in of_layers.items() if int(key) < depth}
     if heads is not None:

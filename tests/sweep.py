@@ -174,7 +174,11 @@ def _perturbed(run: Any, model: nn.Module, plan: Any, args: Any, kwargs: Any) ->
         return None, None, f"not held against the oracle: {type(error).__name__}: {_first_line(error)}"
     error = _error(got, want)
     tensors = [p for site in parameters.values() for p in site]
-    gradients = [_gradients(result, tensors) for result in (got, want)]
+    try:
+        wanted = _gradients(want, tensors)
+    except RuntimeError as failure:  # the original writes in place to what its backward needs
+        return error, None, f"no gradients: {_first_line(failure)[:120]}"
+    gradients = [_gradients(got, tensors), wanted]
     if not all(bool(g.isfinite().all()) for g in gradients[1]):
         return error, None, "gradients are not finite"
     scale = max((float(g.abs().max()) for g in gradients[1]), default=0.0)

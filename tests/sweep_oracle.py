@@ -32,6 +32,9 @@ _TORCH = str(Path(torch.__file__).parent)
 _HERE = __file__
 
 
+_CONTENT = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__index__"})
+
+
 class Unclear(Exception):
     """The oracle's rule does not say what n streams mean here."""
 
@@ -77,6 +80,7 @@ class Run(TorchFunctionMode):
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self.asked: dict[int, list[tuple[int, str, Any]]] = {}  # op that follows -> what Python made of contents
         self.tensors: list[Tensor | None] = []  # of constants; None for what an op makes
         self.shapes: list[torch.Size] = []
         self.floats: list[bool] = []
@@ -126,6 +130,8 @@ class Run(TorchFunctionMode):
         result = func(*args, **kwargs)
         if form:
             return result
+        if name in _CONTENT and self.tensors[given[0][0].number] is None:
+            self.asked.setdefault(len(self.ops), []).append((given[0][0].number, name, result))
         written = [args[0]] if name in ("__setitem__", "copy_") else tree_leaves(result)
         outputs = tuple(self._number(x, made=True) for x in written if isinstance(x, Tensor))
         if outputs:
@@ -329,6 +335,8 @@ class _Replay:
             if tensor is not None:
                 self.values[number] = tensor.clone() if not tensor.requires_grad else tensor
         for number, op in enumerate(run.ops):
+            if any(getattr(self.read(value), name)() != answer for value, name, answer in run.asked.get(number, ())):
+                raise Unclear("what is run depends on what tensors contain")
             if number in self.skipped:
                 continue
             if number in self.sites:

@@ -6,6 +6,7 @@ Each case is called several times, its site parameters perturbed, and held again
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -250,3 +251,47 @@ def test_a_buffer_that_is_replaced(kind: Any, compiled: bool) -> None:
         torch.testing.assert_close(model(x), run.collapse(X), rtol=1e-9, atol=1e-9)
         for (name, mine), (_, its) in zip(original.named_buffers(), model.named_buffers(), strict=True):
             assert torch.isclose(its, mine).all(), name
+
+
+class Table(OrderedDict[str, Any]):
+    """Makes what it gives out, as transformers' table of activations does."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        made: nn.Module = super().__getitem__(name)()
+        return made
+
+
+TABLE = Table(gelu=nn.GELU, tanh=nn.Tanh)
+
+
+class Activated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return TABLE["gelu"](self.linear(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_a_table_that_makes_its_items() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Activated(), Activated()).double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    mhcify(model, (x,), n_streams=N)
+    perturb(model)
+
+    def by_hand() -> Tensor:
+        hand = Streams(dict(site_parameters(model)), N)
+        X = hand.expand(x)
+        for number, layer in enumerate(model):
+            X = hand.site(f"{number}.mhc_0", X, layer.branch)
+        return hand.collapse(X)
+
+    torch.testing.assert_close(model(x), by_hand(), rtol=1e-10, atol=1e-10)
+    TABLE["gelu"], kept = nn.Tanh, OrderedDict.__getitem__(TABLE, "gelu")
+    try:  # what the table holds is asked anew
+        torch.testing.assert_close(model(x), by_hand(), rtol=1e-10, atol=1e-10)
+    finally:
+        TABLE["gelu"] = kept

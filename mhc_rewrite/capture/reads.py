@@ -60,7 +60,7 @@ def value_at(module: nn.Module, root: Any, steps: tuple[Step, ...]) -> Any:
             if kind == "attr":
                 value = getattr(value, key)
             elif kind == "item":
-                value = value[key]
+                value = dict.__getitem__(value, key) if isinstance(value, dict) else value[key]
             elif kind == "len":
                 value = len(value)
             elif kind == "keys":

@@ -260,7 +260,7 @@ class Watch:
         elif isinstance(value, dict):
             if all(isinstance(name, PLAIN_TYPES) for name in value):
                 self._record((id(root), (*steps, ("keys", None))), (root, (*steps, ("keys", None))), tuple(value))
-            for name, item in list(value.items()):
+            for name, item in list(dict.items(value)):  # as held: a class of its own may make what it gives out
                 self.note((root, (*steps, ("item", name))), item)
         elif isinstance(value, (tuple, list)):
             self._record((id(root), (*steps, ("len", None))), (root, (*steps, ("len", None))), len(value))

@@ -111,10 +111,11 @@ def _in_fp64(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, 
     wide = copy.deepcopy(model).double().eval()
     try:
         wide_args, wide_kwargs = example_call(wide, None)
-        same = {k: _form(v) for k, v in wide_kwargs.items()} == {k: _form(v) for k, v in kwargs.items()}
+        if {k: _form(v) for k, v in wide_kwargs.items()} != {k: _form(v) for k, v in kwargs.items()}:
+            return model.eval(), args, kwargs
         with torch.no_grad():
             results = sweep_oracle.tensors_of(wide(*copy.deepcopy(wide_args), **copy.deepcopy(wide_kwargs)))
-        if same and all(bool(t.isfinite().all()) for t in results):
+        if all(bool(t.isfinite().all()) for t in results):
             return wide, wide_args, wide_kwargs
     except Exception:
         pass

@@ -60,6 +60,7 @@ class Op:
     module: str
     visit: int  # which call of the module
     lines: frozenset[tuple[str, int]] = frozenset()
+    gradients: bool = True  # whether they were recorded
 
 
 @dataclass
@@ -138,7 +139,8 @@ class Run(TorchFunctionMode):
             inputs = tuple(leaf.number for leaf in tree_leaves(given) if isinstance(leaf, Value))
             module, visit = self.stack[-1]
             lines = frozenset(_lines()) if name in _ADD else frozenset()
-            self.ops.append(Op(func, *given, inputs, outputs, name, bool(_MIXES.search(name)), module, visit, lines))
+            gradients, mixes = torch.is_grad_enabled(), bool(_MIXES.search(name))
+            self.ops.append(Op(func, *given, inputs, outputs, name, mixes, module, visit, lines, gradients))
         return result
 
     # -- residuals ---------------------------------------------------------------------------------------------------
@@ -337,25 +339,28 @@ class _Replay:
         for number, op in enumerate(run.ops):
             if any(getattr(self.read(value), name)() != answer for value, name, answer in run.asked.get(number, ())):
                 raise Unclear("what is run depends on what tensors contain")
-            if number in self.skipped:
-                continue
-            if number in self.sites:
-                self._site(number, *self.sites[number])
-            elif number in self.lifted:
-                trunk = self.lifted[number]
-                results = [self._call(number, op, {trunk: part}) for part in self.streams[trunk]]
-                self.streams[op.outputs[0]] = [next(_tensors(result)) for result in results]
-            else:
-                for value, tensor in zip(op.outputs, self._results(number, op), strict=True):
-                    self.values[value] = tensor
-            for value in op.outputs:
-                self._begin(value)
+            if number not in self.skipped:
+                with torch.set_grad_enabled(op.gradients):
+                    self._again(number, op)
 
         def replayed(leaf: Any) -> Any:
             number = run.numbers.get(id(leaf)) if isinstance(leaf, Tensor) else None
             return leaf if number is None else self.read(number)
 
         return tree_map(replayed, _plain(run.result))
+
+    def _again(self, number: int, op: Op) -> None:
+        if number in self.sites:
+            self._site(number, *self.sites[number])
+        elif number in self.lifted:
+            trunk = self.lifted[number]
+            results = [self._call(number, op, {trunk: part}) for part in self.streams[trunk]]
+            self.streams[op.outputs[0]] = [next(_tensors(result)) for result in results]
+        else:
+            for value, tensor in zip(op.outputs, self._results(number, op), strict=True):
+                self.values[value] = tensor
+        for value in op.outputs:
+            self._begin(value)
 
     def _results(self, number: int, op: Op) -> list[Tensor]:
         result = self._call(number, op, {})

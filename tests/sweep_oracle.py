@@ -35,6 +35,9 @@ _HERE = __file__
 _CONTENT = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__index__"})
 
 
+_LONG = 300  # steps of a recurrence over time, rather than what lies between two sums on a trunk
+
+
 class Unclear(Exception):
     """The oracle's rule does not say what n streams mean here."""
 
@@ -191,8 +194,8 @@ class Run(TorchFunctionMode):
 
     def _near(self, start: int, found: Mapping[int, Residual]) -> list[int]:
         """`start` and the values that it comes from without mixing, in its size, up to and with an earlier sum."""
-        seen, todo = [start], [start]
-        while todo:
+        seen, todo = {start: None}, [start]  # in the order in which they are met
+        while todo and len(seen) < _LONG:
             value = todo.pop()
             if value in found or value not in self.producer:
                 continue
@@ -205,9 +208,9 @@ class Run(TorchFunctionMode):
                     and source not in seen
                     and self.shapes[source].numel() == self.shapes[start].numel()
                 ):
-                    seen.append(source)
+                    seen[source] = None
                     todo.append(source)
-        return seen
+        return list(seen)
 
     # -- n streams ---------------------------------------------------------------------------------------------------
 

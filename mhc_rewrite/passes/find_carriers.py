@@ -6,7 +6,7 @@ of find_residuals, on the graphs of the modules that this pass names.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -19,6 +19,8 @@ from mhc_rewrite.plans import Rejection
 
 # A branch that runs through this many adds of the same lineage is a whole stage, and its add a long skip over it.
 STAGE = 2
+# Nearest first, so many values of one trunk are looked at; a recurrence over time goes back further.
+_FAR = 500
 
 DISCRETE = (
     "discrete",
@@ -146,10 +148,10 @@ def _reach(
     The candidates may have been of another size: a stream goes on behind `x[:, :k]`. With `linear` by operations alone
     that scale, add or reshape.
     """
-    seen, todo, before = {start}, [(start, True)], set()
+    seen, todo, before = {start}, deque([(start, True)]), set()
     same_size = {start}
-    while todo:
-        value, same = todo.pop()
+    while todo and len(seen) < _FAR:
+        value, same = todo.popleft()
         if value in candidates:
             before.add(value)
             continue

@@ -8,12 +8,14 @@ traced, no module is looked into, and nothing of the original is changed.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ import oracle
 _ADD = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _MIXES = re.compile(
     r"linear|matmul|^b?mm$|addmm|baddbmm|^mv$|^dot$|conv|einsum|attention|^fft|rfft|pool|interpolate|cumsum|scan|tensordot"
-    r"|lstm|gru|rnn|fold|grid_sample|bilinear|kron|outer|cdist"
+    r"|lstm|gru|rnn|fold|grid_sample|bilinear|kron|outer|cdist|autograd"
 )
 _FORM = {"__get__", "size", "dim", "numel", "is_floating_point", "is_complex", "__len__", "device", "dtype", "shape"}
 _TORCH = str(Path(torch.__file__).parent)
@@ -96,8 +98,20 @@ class Run(TorchFunctionMode):
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name)))
             handles.append(module.register_forward_hook(self._left, always_call=True))
+        apply = torch.autograd.Function.__dict__["apply"].__func__
+
+        def applied(kind: Any, *given: Any, **options: Any) -> Any:
+            """A function with a backward of its own is one call; torch's, checkpoints say, are seen through."""
+            call = functools.partial(apply, kind)
+            if kind.__module__.startswith("torch."):
+                return call(*given, **options)
+            with torch._C.DisableTorchFunction():
+                result = call(*given, **options)
+            self._write(call, "autograd", self._values(given, options), tree_leaves(result))
+            return result
+
         try:
-            with self:
+            with self, mock.patch.object(torch.autograd.Function, "apply", classmethod(applied)):
                 self.result = model(*args, **kwargs)
         finally:
             for handle in handles:
@@ -129,14 +143,20 @@ class Run(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         form = name in _FORM and not (name == "__get__" and _of_values(func))
-        given = None if form else tree_map(lambda x: Value(self._number(x)) if isinstance(x, Tensor) else x,
-                                           (args, dict(kwargs)))  # fmt: skip
+        given = None if form else self._values(args, kwargs)
         result = func(*args, **kwargs)
         if form:
             return result
         if name in _CONTENT and self.tensors[given[0][0].number] is None:
             self.asked.setdefault(len(self.ops), []).append((given[0][0].number, name, result))
         written = [args[0]] if name in ("__setitem__", "copy_") else tree_leaves(result)
+        self._write(func, name, given, written)
+        return result
+
+    def _values(self, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda x: Value(self._number(x)) if isinstance(x, Tensor) else x, (args, dict(kwargs)))
+
+    def _write(self, func: Any, name: str, given: Any, written: list[Any]) -> None:
         outputs = tuple(self._number(x, made=True) for x in written if isinstance(x, Tensor))
         if outputs:
             inputs = tuple(leaf.number for leaf in tree_leaves(given) if isinstance(leaf, Value))
@@ -144,7 +164,6 @@ class Run(TorchFunctionMode):
             lines = frozenset(_lines()) if name in _ADD else frozenset()
             gradients, mixes = torch.is_grad_enabled(), bool(_MIXES.search(name))
             self.ops.append(Op(func, *given, inputs, outputs, name, mixes, module, visit, lines, gradients))
-        return result
 
     # -- residuals ---------------------------------------------------------------------------------------------------
 

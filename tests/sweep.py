@@ -74,7 +74,10 @@ def examine(build: Callable[[], nn.Module], row: dict[str, Any]) -> None:
     row["inputs"] = {str(name): _form(value) for name, value in (*enumerate(args), *kwargs.items())}
     original = copy.deepcopy(model)
     torch.manual_seed(3)  # some models draw numbers in evaluation mode too
-    run = sweep_oracle.Run(original, args, kwargs)
+    try:
+        run = sweep_oracle.Run(original, args, kwargs)
+    except Exception as error:
+        raise Broken("does not run", _first_line(error)) from error
     residuals = run.residuals()
     row["adds"] = len(residuals)
     began = time.monotonic()
@@ -371,8 +374,18 @@ def write_coverage(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 _COLUMNS = "| model | inputs | sites | streams | adds | evaluation | training | perturbed | gradients | s | verdict |"
-_VERDICTS = ("exact", "refused", "no example", "wrong", "crashed", "timed out", "no residual", "does not build")
-_SHORT = ("refused", "no example", "no residual", "does not build")
+_VERDICTS = (
+    "exact",
+    "refused",
+    "no example",
+    "wrong",
+    "crashed",
+    "timed out",
+    "no residual",
+    "does not run",
+    "does not build",
+)
+_SHORT = ("refused", "no example", "no residual", "does not run", "does not build")
 
 
 def _line(row: dict[str, Any]) -> str:

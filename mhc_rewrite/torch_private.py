@@ -34,12 +34,15 @@ class KeepsPrecision(nn.Module):
 
 
 def python_of(function: torch.jit.ScriptFunction) -> Callable[..., Any] | None:
-    """The Python function that `torch.jit.script` or `trace` compiled; None where it was loaded, say.
+    """The Python function that `torch.jit.script` compiled; None for others.
 
-    It is kept for Dynamo, under a name that is not public. Should it go, residual adds in scripted functions are not
+    A traced function is another one than its Python, whose branches it has frozen: only the cache of compiled functions
+    tells them apart. Both names are kept for torch itself. Should they go, residual adds in scripted functions are not
     seen, and tests/test_forms.py fails first.
     """
-    return getattr(function, "_torchdynamo_inline", None)
+    python = getattr(function, "_torchdynamo_inline", None)
+    scripted = None if python is None else torch.jit._state._try_get_jit_cached_function(python)
+    return python if scripted is not None and scripted.qualified_name == function.qualified_name else None
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import cProfile
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -323,3 +325,15 @@ class Collecting(nn.Module):
 def test_writes_into_an_argument_are_refused() -> None:
     with pytest.raises(CaptureError, match="changes a list or dict that it was given"):
         converted(Collecting(), features().double(), [])
+
+
+def test_a_profiler_stays_on() -> None:
+    """cProfile's, under which a script may run whole: a capture has a hook of its own there for a while."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        mhcify(nn.Sequential(Layer(reshaping), Layer(reshaping)), features())
+        outer = sys.getprofile()
+    finally:
+        profiler.disable()
+    assert outer is profiler

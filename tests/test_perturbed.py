@@ -152,6 +152,17 @@ def leaves(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {f"input {k}": t for k, t in enumerate(inputs) if t.requires_grad}
 
 
+def check_by_hand(kind: Kind, n: int) -> None:
+    """The converted model has the kind's sites, starts as the original, and perturbed is the one written by hand."""
+    compared = Compared(kind, n)
+    assert sorted(oracle.site_names(compared.converted.state_dict())) == sorted(kind.sites())
+    for train in (False, True):
+        compared.train(train).check_preserved()
+    compared.perturb()
+    for train in (False, True):
+        compared.train(train).check_perturbed()
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sites_and_streams(kind: Kind) -> None:
     model = kind.model()
@@ -165,13 +176,7 @@ def test_sites_and_streams(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind,n", STREAMS, ids=str)
 def test_equals_hand_written(kind: Kind, n: int) -> None:
-    compared = Compared(kind, n)
-    assert sorted(oracle.site_names(compared.converted.state_dict())) == sorted(kind.sites())
-    for train in (False, True):
-        compared.train(train).check_preserved()
-    compared.perturb()
-    for train in (False, True):
-        compared.train(train).check_perturbed()
+    check_by_hand(kind, n)
 
 
 @pytest.mark.parametrize("n", (2, 4))

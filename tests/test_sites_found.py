@@ -20,7 +20,7 @@ from handmade.common import WIDTH, Kind, features
 from handmade.found import Adds, Layers, Recurrent, ThenRecurrent, block, linear
 from mhc_rewrite import mhcify, plan, report
 from mhc_rewrite.errors import CaptureError, NoResidualError
-from test_perturbed import Compared, relative
+from test_perturbed import Compared, check_by_hand, relative
 
 KINDS: tuple[Kind, ...] = (*found.KINDS, *pairs.KINDS)
 
@@ -36,13 +36,7 @@ def test_sites_and_streams(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_equals_hand_written(kind: Kind) -> None:
-    compared = Compared(kind, 3)
-    assert sorted(oracle.site_names(compared.converted.state_dict())) == sorted(kind.sites())
-    for train in (False, True):
-        compared.train(train).check_preserved()
-    compared.perturb()
-    for train in (False, True):
-        compared.train(train).check_perturbed()
+    check_by_hand(kind, 3)
 
 
 # -- what is no stream -----------------------------------------------------------------------------------------------

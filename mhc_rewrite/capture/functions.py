@@ -51,7 +51,7 @@ def _opaque(run: Callable[..., Any], owner: Any) -> Callable[..., Any]:
         return run(owner, *args, **kwargs)
 
     name: Any = owner.name if isinstance(owner, torch.jit.ScriptFunction) else owner.__name__
-    call.__name__ = call.__qualname__ = name
+    call.__name__, call.__qualname__ = f"opaque_{name}", name  # somebody's "add" is not torch's
     call.__module__ = "mhc_rewrite.opaque"
     setattr(call, _OPAQUE, owner)
     return _opaque_functions.setdefault(owner, call)

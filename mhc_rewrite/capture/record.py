@@ -208,7 +208,7 @@ class _Recorder(TorchFunctionMode):
     def opaque(self, function: Any, args: Any, kwargs: Any) -> Any:
         """A function whose own calls need not show: what it makes out of their sight is taken to be mixed."""
         inputs = tuple(self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        self.functions.append(function.__name__ if has_backward(function) else self.functions[-1])
+        self.functions.append(function.__qualname__ if has_backward(function) else self.functions[-1])
         try:
             result = function(*args, **kwargs)
         finally:

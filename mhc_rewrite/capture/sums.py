@@ -1,4 +1,5 @@
-"""Sums that do not look like one, spelled out as plain adds while a model is recorded or captured.
+"""Sums that do not look like one, spelled out as plain adds while a model is recorded or captured, and what is laid out
+like another tensor, as what reads that one's shape.
 
     x - y                                torch.add(x, y, alpha=-1)
     torch.addmm(x, a, b)                 torch.add(x, torch.mm(a, b))

@@ -187,9 +187,9 @@ class CarrierRole:
         hooked = next((path for path in self.inlined if has_hooks(module.get_submodule(path))), None)
         if hooked is not None:
             warnings.warn(
-                f"{hooked!r} in {self.name or 'the model'!r} has forward hooks, which do not run: it holds residual "
-                f"adds of a stream to which {type(module).__name__}'s own forward adds too, and is part of its graph. "
-                "What they collect stays empty (output_hidden_states of some transformers models, say). Hooks on "
+                f"{hooked!r} in {self.name or 'the model'!r} has forward hooks, which do not run: with its residual "
+                f"adds it is captured as part of {type(module).__name__}'s forward, and not called. What they collect "
+                "stays empty (output_hidden_states of some transformers models, say). Hooks on "
                 f"{self.name or 'the model'!r} itself and on modules without residual adds run.",
                 stacklevel=2,
             )

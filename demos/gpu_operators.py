@@ -2,7 +2,7 @@
 
 Beside this package's operators stand aten.py eager and compiled, and, where installed, Liger's and TransformerEngine's.
 The last two are called as their documentation says, each in its own layout, prepared before the clock starts. How they
-order Sinkhorn-Knopp's passes is their own. Neither was there when this ran on a GPU.
+order Sinkhorn-Knopp's passes is their own. TransformerEngine was not there when this ran on a GPU.
 """
 
 from __future__ import annotations

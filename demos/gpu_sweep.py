@@ -34,7 +34,6 @@ class Job(NamedTuple):
 
 JOBS = [
     Job("pre", "pre", 0, lambda n: n),
-    Job("boundary", "boundary", 0, lambda n: 2 * n + 1),
     Job("finish", "pre", 1, lambda n: n + 1),
     Job("dots", "pre_backward", 0, lambda n: n + 1),
     Job("dots", "boundary_backward", 0, lambda n: n + 2),
@@ -66,12 +65,9 @@ def grid(
 
 
 def configurations(job: Job) -> list[Config]:
-    if job.kernel in ("pre", "boundary"):
-        mix = job.kernel == "boundary"
+    if job.kernel == "pre":
         whole = grid((4, 16), (16, 32, 64), (32, 64), (4, 8), (2, 3))
-        stages = (2, 3) if mix else (2, 3, 4)
-        parts = (4, 10) if mix else (4, 10, 20)
-        split = grid((8, 16 if mix else 32), (16, 32, 64, 128), (32, 64, 128), (4, 8), stages, parts)
+        split = grid((8, 32), (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (4, 10, 20))
         return [*whole, *split]
     parameters = grid((2, 16), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3), (256, 512, 1024))
     streamed = grid((4, 16), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8))
@@ -130,10 +126,8 @@ class Chains:
         columns = self.parameters[0].shape[1]
         sizes = (h_post.shape, h_res.shape, (len(X), columns), (len(X), 1))
         if not chain.endswith("backward"):
-            state = torch.empty_like(X) if mix else X
             made = (torch.empty_like(y), *(h_post.new_empty(size) for size in sizes))
-            launches = triton_boundary.forward_launches(X, mix, state, *self.parameters, made, "mhc", ITERATIONS, EPS)
-            return launches, (state, *made) if mix else made
+            return triton_boundary.pre_launches(X, *self.parameters, made, "mhc", ITERATIONS, EPS), made
         if not self._kept:
             launches, made = self.make("pre")
             for launch in launches:

@@ -67,8 +67,7 @@ def launches(
         backward = (*parameters, *kept)
         gradients = (y, *h)
         return {
-            "pre": triton_boundary.forward_launches(X, None, X, *forward),
-            "boundary": triton_boundary.forward_launches(X, mix, X, *forward),
+            "pre": triton_boundary.pre_launches(X, *forward),
             "pre_backward": triton_boundary_backward.backward_launches(
                 None, gradients, X, None, *backward, (X,), parameters, kind, 20, False
             ),
@@ -85,7 +84,6 @@ def launches(
             "post": triton_post.post_launch(X, y, h_post, h_res, X),
             "post_backward": triton_post.post_backward_launch(X, X, y, h_post, h_res, X, y, h_post, h_res),
             "pre": many["pre"][0],
-            "boundary": many["boundary"][0],
             "pre, dots": many["pre_backward"][0],
             "pre, coefficients": many["pre_backward"][1],
             "pre, state": many["pre_backward"][2],
@@ -96,7 +94,6 @@ def launches(
             "boundary, unmix": many["boundary_backward"][3],
             "boundary, parameters": many["boundary_backward"][4],
             "pre, few tokens": few["pre"][0],
-            "boundary, few tokens": few["boundary"][0],
             "few tokens, finish": few["pre"][-1],
         }
 

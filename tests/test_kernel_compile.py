@@ -16,7 +16,6 @@ CEILING = {
     "post": (128, 128),
     "post_backward": (250, 400),
     "pre": (200, 256),
-    "boundary": (255, 336),
     "pre, dots": (80, 80),
     "pre, coefficients": (144, 128),
     "pre, state": (144, 128),
@@ -27,10 +26,10 @@ CEILING = {
     "boundary, unmix": (255, 400),
     "boundary, parameters": (255, 336),
     "pre, few tokens": (184, 184),
-    "boundary, few tokens": (224, 256),
     "few tokens, finish": (96, 96),
 }
 STACK = 16  # bytes a thread that ptxas may put aside, to stay at 64 or 128 registers; a value of a loop takes more
+STACK_OF_EIGHT = 128  # larger blocks that spill were faster than smaller ones that do not, on an H100
 # MHC_WHOLE_GRID=1: more streams, all targets and every configuration; otherwise the newest two of NVIDIA, one of AMD,
 # and one configuration that is no default.
 WHOLE_GRID = os.environ.get("MHC_WHOLE_GRID") == "1"
@@ -47,7 +46,7 @@ def test_resources(n: int, target: str) -> None:
     amd = target.startswith("gfx")
     for kernel, launch in kernel_compile.launches(n, target).items():
         used = kernel_compile.resources(launch, kernel_compile.TARGETS[target])
-        assert used.spills <= (0 if amd else STACK), (kernel, used)
+        assert used.spills <= (0 if amd else STACK if n <= 4 else STACK_OF_EIGHT), (kernel, used)
         assert used.registers <= CEILING[kernel][amd], (kernel, used)
         # Rows of 768 bf16 are aligned to 16 bytes: what streams through without tl.dot is read and written so.
         if kernel in ("post", "post_backward"):

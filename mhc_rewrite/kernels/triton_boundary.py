@@ -1,17 +1,16 @@
-"""`pre` and `boundary` in Triton, forward.
+"""`pre` and `boundary` in Triton, forward. `boundary` is `post`'s launch, which stores X', and those of `pre` on it.
 
-MIX tells them apart. Without it the state X' that is projected is the X given; with it, X' is made from X, y, H_post
-and H_res of the site before, rounded to its dtype and stored. Either way a program owns a block of tokens and sweeps
-over C twice: first the projection and the sum of squares, then, with the coefficients known, u; the second sweep finds
-its block in the cache.
+A program owns a block of tokens and sweeps over C twice: first the projection and the sum of squares, then, with the
+coefficients known, u; the second sweep finds its block in the cache.
 
-Few tokens (decoding) would leave most of a GPU idle. Then every program sweeps over a part of C only and writes its
-share of the projection and of the sum of squares, K + N numbers a token; a second launch, cut the same way, adds the
-shares of all parts in their order and makes its part of u. The first of its programs also writes the coefficients.
+Long rows, or few tokens (decoding), would leave most of a GPU idle. Then every program sweeps over a part of C only and
+writes its share of the projection and of the sum of squares, K + N numbers a token; a second launch, cut the same way,
+adds the shares of all parts in their order and makes its part of u. The first of its programs also writes the
+coefficients.
 
 Tokens count from the first of a program's block: what lies within a block is addressed in int32, which saves registers.
 A state of S streams meets phi (S * C, K), K = N^2 + 2N. S is N, or 1 where all streams are equal and phi's rows were
-summed. X has M streams.
+summed.
 """
 
 from __future__ import annotations
@@ -26,19 +25,17 @@ from torch import Tensor
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import pre_of, store_coefficients
 from mhc_rewrite.kernels.triton_configs import Launch, choose, cut, power_of_two, precision
-from mhc_rewrite.kernels.triton_streams import add_product, load_streams, mixed, pre_weight
+from mhc_rewrite.kernels.triton_post import post_launch
+from mhc_rewrite.kernels.triton_streams import add_product, pre_weight
 
 
 @triton.jit
 def _project(
-    X, y, h_post_in, h_res_in, state, phi, t, real, first, last, C,
-    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    state, phi, t, real, first, last, C,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x @ phi (tokens, KP) and the sum of squares of every stream (tokens, NP), over the elements first to last of C.
-
-    With MIX the state is made, and stored, on the way.
-    """
+    """x @ phi (tokens, KP) and every stream's sum of squares (tokens, NP), over the elements first to last of C."""
     K: tl.constexpr = N * N + 2 * N
     EXACT: tl.constexpr = state.dtype.element_ty == tl.bfloat16
     k = tl.arange(0, KP)
@@ -48,16 +45,8 @@ def _project(
     for start in range(first, last, WIDTH):
         c = start + tl.arange(0, WIDTH)
         mask = real[:, None] & (c < last)[None, :]
-        if MIX:
-            branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            tiles = load_streams(X, t, c, mask, C, M)
         for i in range(S):
-            rows = (t * S * C)[:, None] + c[None, :] + i * C
-            if MIX:
-                x = mixed(tiles, branch, X, y, h_post_in, h_res_in, t, real, i, M, N)
-                tl.store(state + rows, x.to(state.dtype.element_ty), mask=mask)
-            else:
-                x = tl.load(X + rows, mask=mask, other=0.0)
+            x = tl.load(state + (t * S * C)[:, None] + c[None, :] + i * C, mask=mask, other=0.0)
             weights = phi + tl.cast(i * C, tl.int64) * K
             w = tl.load(weights + c[:, None] * K + k[None, :], mask=(c < last)[:, None] & (k < K)[None, :], other=0.0)
             product = add_product(x, w, product, EXACT, PRECISION)
@@ -110,28 +99,21 @@ def _finish(
 
 @triton.jit
 def _forward_kernel(
-    X, y, h_post_in, h_res_in, state, phi, alpha, bias, u, h_post, h_res, raw, r, T, C, iterations, eps_norm,
-    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    state, phi, alpha, bias, u, h_post, h_res, raw, r, T, C, iterations, eps_norm,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
     CONSTRAINED: tl.constexpr, EPS: tl.constexpr, TRANSPOSED: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - first
-    X += first * M * C
+    state += first * S * C
     u += first * C
     h_post += first * N
     h_res += first * N * N
     raw += first * (N * N + 2 * N)
     r += first * (1 if CONSTRAINED else N)
-    if MIX:
-        y += first * C
-        h_post_in += first * N
-        h_res_in += first * N * M
-        state += first * S * C
-    product, squares = _project(
-        X, y, h_post_in, h_res_in, state, phi, t, real, 0, C, C, MIX, M, S, N, NP, KP, TOKENS, WIDTH, PRECISION
-    )
+    product, squares = _project(state, phi, t, real, 0, C, C, S, N, NP, KP, TOKENS, WIDTH, PRECISION)
     columns, norm = _normalised(product, squares, C, eps_norm, S, N, NP, KP, CONSTRAINED)
     _finish(
         columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations, N, NP, KP, CONSTRAINED, EPS, TRANSPOSED
@@ -142,38 +124,27 @@ def _forward_kernel(
         total = tl.zeros((TOKENS, WIDTH), tl.float32)
         for i in tl.static_range(S):
             weight = pre_weight(raw, alpha, bias, t, real, i, S, N, CONSTRAINED, EPS)
-            rows = (t * S * C)[:, None] + c[None, :] + i * C
-            if MIX:
-                x = tl.load(state + rows, mask=mask, other=0.0).to(tl.float32)
-            else:
-                x = tl.load(X + rows, mask=mask, other=0.0).to(tl.float32)
-            total += weight[:, None] * x
+            x = tl.load(state + (t * S * C)[:, None] + c[None, :] + i * C, mask=mask, other=0.0)
+            total += weight[:, None] * x.to(tl.float32)
         tl.store(u + t[:, None] * C + c[None, :], total.to(u.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _project_part_kernel(
-    X, y, h_post_in, h_res_in, state, phi, products, squares, T, C, PART,
-    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    state, phi, products, squares, T, C, PART,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = N * N + 2 * N
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - first
-    X += first * M * C
+    state += first * S * C
     products += first * tl.num_programs(1) * K
     squares += first * tl.num_programs(1) * N
-    if MIX:
-        y += first * C
-        h_post_in += first * N
-        h_res_in += first * N * M
-        state += first * S * C
     start = tl.program_id(1) * PART
-    product, square = _project(
-        X, y, h_post_in, h_res_in, state, phi, t, real, start, tl.minimum(start + PART, C), C,
-        MIX, M, S, N, NP, KP, TOKENS, WIDTH, PRECISION,
-    )  # fmt: skip
+    last = tl.minimum(start + PART, C)
+    product, square = _project(state, phi, t, real, start, last, C, S, N, NP, KP, TOKENS, WIDTH, PRECISION)
     k = tl.arange(0, KP)
     stream = tl.arange(0, NP)[None, :]
     rows = (t * tl.num_programs(1) + tl.program_id(1))[:, None]
@@ -232,7 +203,7 @@ def pre(
 ) -> tuple[Tensor, ...]:
     """u (T, C), H_post (T, n), H_res (T, n, n), raw (T, n^2 + 2n) and r (T, 1), or (T, n) for a norm per stream."""
     outputs = _outputs(X, phi, kind)
-    for launch in forward_launches(X, None, X, phi, alpha, bias, outputs, kind, iterations, eps):
+    for launch in pre_launches(X, phi, alpha, bias, outputs, kind, iterations, eps):
         launch.run()
     return outputs
 
@@ -245,7 +216,8 @@ def boundary(
     tokens, _, width = X.shape
     state = X.new_empty((tokens, h_res.shape[1], width), dtype=torch.promote_types(X.dtype, y.dtype))
     outputs = _outputs(state, phi, kind)
-    for launch in forward_launches(X, (y, h_post, h_res), state, phi, alpha, bias, outputs, kind, iterations, eps):
+    post_launch(X, y, h_post, h_res, state).run()
+    for launch in pre_launches(state, phi, alpha, bias, outputs, kind, iterations, eps):
         launch.run()
     return state, *outputs
 
@@ -257,29 +229,19 @@ def _outputs(state: Tensor, phi: Tensor, kind: str) -> tuple[Tensor, ...]:
     return state.new_empty((tokens, width)), *(phi.new_empty(size) for size in sizes)
 
 
-def forward_launches(
-    X: Tensor, mix: tuple[Tensor, Tensor, Tensor] | None, state: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
-    outputs: tuple[Tensor, ...], kind: str, iterations: int, eps: float,
+def pre_launches(
+    state: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, outputs: tuple[Tensor, ...],
+    kind: str, iterations: int, eps: float,
 ) -> list[Launch]:  # fmt: skip
-    """One launch, or two for few tokens. `mix`: y, H_post and H_res of the site before, or None for `pre`."""
-    (tokens, _, width), n, rules = X.shape, streams_of(phi.shape[1]), KINDS[kind]
-    config = choose("boundary" if mix else "pre", n, width, tokens)
+    """One launch, or two where C is cut into parts."""
+    (tokens, streams, width), n, rules = state.shape, streams_of(phi.shape[1]), KINDS[kind]
+    config = choose("pre", n, width, tokens)
     blocks = triton.cdiv(tokens, config.tokens)
-    sizes = {"N": n, "NP": power_of_two(n), "KP": max(16, power_of_two(phi.shape[1])), "S": state.shape[1]}
+    sizes = {"N": n, "NP": power_of_two(n), "KP": max(16, power_of_two(phi.shape[1])), "S": streams}
     sizes.update({"TOKENS": config.tokens, "WIDTH": config.width})
-    sweep = {**sizes, "MIX": mix is not None, "M": X.shape[1], "PRECISION": precision()}
+    sweep = {**sizes, "PRECISION": precision()}
     flags = {"CONSTRAINED": rules.constrained, "EPS": rules.eps, "TRANSPOSED": rules.transposed}
-    y, h_post, h_res = mix or (X, X, X)  # without a mix X stands in, unread
-    given = {
-        "X": X,
-        "y": y,
-        "h_post_in": h_post,
-        "h_res_in": h_res,
-        "state": state,
-        "phi": phi,
-        "T": tokens,
-        "C": width,
-    }
+    given = {"state": state, "phi": phi, "T": tokens, "C": width}
     made: dict[str, Any] = dict(zip(("u", "h_post", "h_res", "raw", "r"), outputs))
     made.update({"alpha": alpha, "bias": bias, "iterations": iterations, "eps_norm": eps})
     if config.parts == 1:

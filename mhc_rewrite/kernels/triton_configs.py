@@ -2,7 +2,8 @@
 
 Nothing is tuned unless `tune` is called: the defaults follow from n, C and the number of tokens alone. Those for n = 4
 were the fastest of about a thousand on an H100, bf16, at 8192 x 4 x 2560 and 4096 x 4 x 7168 (demos/gpu_all.py, part
-sweep), `unmix` excepted, which is newer; those for other numbers of streams follow from registers.
+sweep), `unmix` excepted, which is newer; those for n = 8 the fastest of about two hundred at 8192 x 8 x 2560, of those
+that hardly spill; those for other numbers of streams follow from registers.
 """
 
 from __future__ import annotations
@@ -98,29 +99,20 @@ def _unmix(n: int, width: int, tokens: int) -> list[Config]:
     # As the gradient of `post`, but all streams are in registers together with all gradients.
     if n <= 4:
         return [dataclasses.replace(_post(n, width, tokens)[0], name="default")]
-    columns = min(width, 128 if n <= 8 else 64)
-    return [Config("default", max(1, 4 * 4 * lanes() // columns), columns, 4)]
+    each, columns = (8, min(width, 256)) if n <= 8 else (4, min(width, 64))
+    return [Config("default", max(1, each * 4 * lanes() // columns), columns, 4)]
 
 
 def _pre(n: int, width: int, tokens: int) -> list[Config]:
+    """For many tokens cut into a few parts; for few into many; where rows are short one launch is enough."""
     # phi is read once a block of tokens: more columns of phi call for larger blocks, and shorter rows then.
-    default = Config("default", 128, min(max(width, 16), 64 if n <= 4 else 32 if n <= 8 else 16), 8, 4 if n <= 4 else 2)
-    return _forward(default, _parts(tokens, 128, 512), n, width, tokens)
-
-
-def _boundary(n: int, width: int, tokens: int) -> list[Config]:
-    # All streams are in registers, and the product.
-    tokens_, warps = (64, 4) if n <= 4 else (128, 8) if n <= 8 else (64, 8)
-    default = Config("default", tokens_, min(max(width, 16), 32 if n <= 4 else 16), warps, 3 if n <= 4 else 2)
-    return _forward(default, _parts(tokens, tokens_, 256), n, width, tokens)
-
-
-def _forward(default: Config, parts: int, n: int, width: int, tokens: int) -> list[Config]:
-    """For many tokens the default, cut into parts; for few more of them; where rows are short one launch is enough."""
+    split = Config(
+        "split", 128, min(max(width, 16), 64 if n <= 4 else 16), 8, 4 if n <= 4 else 3 if n <= 8 else 2,
+        _parts(tokens, 128, 512 if n <= 4 else 256),
+    )  # fmt: skip
     block = 32 if n <= 4 else 16
     whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
     few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
-    split = dataclasses.replace(default, name="split", parts=parts)
     chosen = whole if width < 256 else few if tokens <= 64 else split
     return [dataclasses.replace(chosen, name="default"), whole, split, few]
 
@@ -145,27 +137,30 @@ def _coefficients(n: int, width: int, tokens: int) -> list[Config]:
 
 
 def _state(n: int, width: int, tokens: int) -> list[Config]:
-    few = tokens <= 64
-    block = 16 if few else 64
-    default = Config("default", block, min(max(width, 16), 64), 4 if few else 8, 1, parts=_parts(tokens, block, 2048))
+    few, small = tokens <= 64, n <= 4
+    block, parts = (16, _parts(tokens, 16, 2048)) if few else (64, _parts(tokens, 64, 2048))
+    columns, warps, stages = (64, 4, 1) if few else (64, 8, 1) if small else (32, 4, 3)
+    default = Config("default", block, min(max(width, 16), columns), warps, stages, parts)
     return [default, dataclasses.replace(default, name="four_warps", tokens=min(block, 32), warps=4)]
 
 
 def _pre_parameters(n: int, width: int, tokens: int) -> list[Config]:
-    # A block holds the gradients of phi's rows for all streams: `width` rows of each, 128 rows in all.
-    columns = max(min(width, 64 if n <= 2 else 32 if n <= 4 else 16 if n <= 8 else 8), 16 // power_of_two(n))
+    # A block holds the gradients of phi's rows for all streams, `width` rows of each: 128 in all, or 256.
+    columns = max(min(width, 64 if n <= 2 else 32 if n <= 8 else 8), 16 // power_of_two(n))
     # About two programs a multiprocessor, and few more parts than that takes: each writes its sums to memory.
     small = n <= 4
     default = Config(
-        "default", 64 if small else 32, columns, 4 if small else 8, 3 if small else 2, 256 if small else 512
+        "default", 64 if small else 32, columns, 4 if small else 8, 3 if n <= 8 else 2, 256 if small else 512
     )
     return [default, dataclasses.replace(default, name="few_parts", parts=default.parts // 2)]
 
 
 def _boundary_parameters(n: int, width: int, tokens: int) -> list[Config]:
-    wide = 64 if n <= 2 or (n <= 4 and lanes() == 32) else 32 if n <= 4 else 16 if n <= 8 else 8
+    wide = 64 if n <= 4 else 32 if n <= 8 else 8
+    if lanes() == 64 and 2 < n <= 8:  # AMD's compiler puts hundreds of bytes aside
+        wide //= 2
     columns = max(min(width, wide), 16 // power_of_two(n))
-    default = Config("default", 32, columns, 4 if n <= 4 else 8, 2, 256 if n <= 4 else 512)
+    default = Config("default", 32, columns, 4 if n <= 4 else 8, 3 if 4 < n <= 8 else 2, 256)
     return [default, dataclasses.replace(default, name="few_parts", parts=default.parts // 2)]
 
 
@@ -174,7 +169,6 @@ _TABLE: dict[str, Callable[[int, int, int], list[Config]]] = {
     "post_backward": _post,
     "unmix": _unmix,
     "pre": _pre,
-    "boundary": _boundary,
     "finish": _finish,
     "dots": _dots,
     "coefficients": _coefficients,

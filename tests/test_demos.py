@@ -168,3 +168,25 @@ def test_memory(tmp_path: Path) -> None:
     rows = [cells(printed, name) for name in ("L_r = 1", "L_r = 2", "L_r = 4", "L_r = auto")]
     assert [float(row[0]) for row in rows] == [12.0, 4.0, 0.0, 4.0]
     assert all(float(row[0]) == float(row[-1]) for row in rows) and len({tuple(row[1:4]) for row in rows}) == 1
+
+
+def test_finetune_llama(tmp_path: Path) -> None:
+    printed = run("finetune_llama.py", tmp_path)
+    assert "LlamaForCausalLM: 8 sites in 1 stream" in printed
+    losses = {name: float(cells(printed, name)[0]) for name in ("pretrained", "LoRA", "converted", "LoRA and sites")}
+    assert losses["converted"] == pytest.approx(losses["pretrained"], rel=1e-4)
+    assert len(set(losses.values())) >= 3  # both kinds of adapters moved
+    assert "equal to those of this process, to the last bit: True" in printed
+    assert "it writes b'aliases = {" in printed
+
+
+def test_share_sites(tmp_path: Path) -> None:
+    printed = run("share_sites.py", tmp_path)
+    assert printed.count("to the last bit: True") == 2
+    assert "saved with sinkhorn_iterations=20 and has sinkhorn_iterations=5 here" in " ".join(printed.split())
+
+
+def test_lightning_vit(tmp_path: Path) -> None:
+    printed = " ".join(run("lightning_vit.py", tmp_path).split())
+    assert "VisionTransformer: 8 sites in 1 stream" in printed
+    assert printed.count("to the last bit: True") == 2 and "stopped in the middle and resumed" in printed

@@ -525,11 +525,11 @@ class Tokens(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": TOKENS[index % 2], "labels": TOKENS[index % 2]}
 
 
-def training(folder: Path, steps: int) -> hf.TrainingArguments:
+def training(folder: Path, steps: int, save_only_model: bool = False) -> hf.TrainingArguments:
     return hf.TrainingArguments(
         folder, max_steps=steps, save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True,
         per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-        save_only_model=False, dataloader_pin_memory=False, logging_steps=1000,
+        save_only_model=save_only_model, dataloader_pin_memory=False, logging_steps=1000,
     )  # fmt: skip
 
 
@@ -549,6 +549,14 @@ def test_trainer(tmp_path: Path) -> None:
     trainer = hf.Trainer(wrong, training(tmp_path, 6), train_dataset=Tokens(), eval_dataset=Tokens())
     with pytest.raises(SitesError, match="eps_norm"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_trainer_that_saves_the_model_alone(tmp_path: Path) -> None:
+    model = converted("llama")
+    hf.Trainer(model, training(tmp_path, 2, True), train_dataset=Tokens(), eval_dataset=Tokens()).train()
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    other = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert is_converted(other) and torch.equal(logits(other), logits(model.eval()))
 
 
 def test_accelerate(saved: Path) -> None:

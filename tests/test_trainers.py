@@ -224,6 +224,31 @@ def test_sites_in_an_adapter(tmp_path: Path) -> None:
     assert not torch.allclose(mhcify(llama())(input_ids=IDS).logits, want, atol=1e-3)
 
 
+ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "dora": lambda: peft.LoraConfig(target_modules=["q_proj"], r=2, use_dora=True),
+    "ia3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_other_adapters_leave_sites_alone(name: str, tmp_path: Path) -> None:
+    """They train beside sites that have learned, which stay as they are, and come back onto the same base."""
+    base = mhcify(llama())
+    oracle.perturb(base)
+    fresh, before = copy.deepcopy(base), {n: p.clone() for n, p in sites(base).items()}
+    adapted = peft.get_peft_model(base, ADAPTERS[name]())
+    first = adapted(input_ids=IDS).logits.detach()
+    Trainer(model=adapted, args=arguments(tmp_path, learning_rate=0.1), train_dataset=padded()).train()
+    assert all(torch.equal(before[n], p) and not p.requires_grad for n, p in sites(base).items())
+    want = adapted.eval()(input_ids=IDS).logits
+    assert not torch.allclose(first, want, atol=1e-4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=IDS).logits, want)
+
+
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,8 @@ def test_wheel_holds_every_file_once(tmp_path: Path) -> None:
         (entry_points,) = (name for name in files if name.endswith("entry_points.txt"))
         assert "mhc-rewrite = mhc_rewrite.cli.main:app" in archive.read(entry_points).decode()
     assert {name for name in files if name.endswith(".py")} == source_files()
+    data = {"devices.json", "py.typed", "kernels/cpp/operators.cpp"}
+    assert {f"mhc_rewrite/{name}" for name in data} <= set(files)
 
 
 def test_version_is_the_same_everywhere(settings: dict[str, Any]) -> None:

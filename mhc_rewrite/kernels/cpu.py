@@ -2,7 +2,9 @@
 use it.
 
 Nothing depends on it: where it cannot be built, a warning says why, once, and aten.py runs instead. The library is kept
-with torch's extensions under a name that says what it was built from, so that later processes only load it.
+with torch's extensions under a name that says what it was built from, so that later processes only load it; or in the
+folder that MHC_REWRITE_CACHE or TORCH_EXTENSIONS_DIR names; or, where nothing can be written there, in a folder of the
+user's own for temporary files.
 
 Same functions, shapes and results as aten.py, for T >= 1 tokens in fp32, bf16 or fp16 with fp32 parameters. Each calls
 an operator of its name in `mhc_rewrite_cpu`, declared below, which is what compiled graphs hold.
@@ -12,14 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +39,14 @@ FLAGS = ("-O3", "-march=native", "-std=c++17")
 # Compilers older than the processor do not find all of it by themselves.
 NEWER = {"avx512_f": "-mavx512f", "avx512_bw": "-mavx512bw", "avx512_dq": "-mavx512dq", "avx512_vl": "-mavx512vl",
          "avx512_bf16": "-mavx512bf16"}  # fmt: skip
+ROOM = 32 * 2**20  # bytes; what a build needs
 
 
 @functools.cache
 def available() -> bool:
     """Whether the kernels can be had on this machine; builds them if that was not tried yet."""
     try:
-        torch.ops.load_library(_built())
+        torch.ops.load_library(built())
     except Exception as error:  # no compiler, no ninja, a read-only cache: all of them leave a slower, right way
         warnings.warn(
             f"The CPU kernels could not be built, so mHC sites run slower, in plain PyTorch. They need a C++ compiler "
@@ -52,39 +57,91 @@ def available() -> bool:
     return True
 
 
-def _built() -> Path:
-    """The library's file, built if it is not there."""
+class Library(NamedTuple):
+    """The file that this machine's processor and torch need, and the folders in which it may be, in their order."""
+
+    name: str
+    flags: tuple[str, ...]
+    folders: tuple[Path, ...]
+
+    def found(self) -> Path | None:
+        """Where it was built before."""
+        files = (folder / f"{self.name}.so" for folder in self.folders)
+        return next((file for file in files if file.exists()), None)
+
+
+def library() -> Library:
+    """What is built here, and where."""
     processor = torch.cpu.get_capabilities()
-    flags = [*FLAGS, *(flag for feature, flag in NEWER.items() if processor.get(feature))]
+    flags = (*FLAGS, *(flag for feature, flag in NEWER.items() if processor.get(feature)))
     sources = [file.read_bytes() for file in sorted(SOURCE.parent.iterdir())]
     # Another processor needs another library, be it in the same home directory.
     made_from = repr((sources, flags, torch.__version__, sorted(processor.items())))
-    name = f"mhc_rewrite_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
-    folder = _folder()
-    library = folder / f"{name}.so"
-    if not library.exists():
-        from torch.utils import cpp_extension  # brings setuptools along: half a second that loading does without
+    chosen = os.environ.get("MHC_REWRITE_CACHE") or os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "torch_extensions"
+    folders = (Path(chosen) if chosen else cache, *_spare())
+    return Library(f"mhc_rewrite_cpu_{hashlib.sha256(made_from.encode()).hexdigest()[:16]}", flags, folders)
 
-        folder.mkdir(parents=True, exist_ok=True)
+
+def _spare() -> list[Path]:
+    """The user's own folder for temporary files. Code is loaded from there: one that another user made will not do."""
+    owners = hasattr(os, "getuid")
+    # By number: in a container a user need not have a name.
+    folder = Path(tempfile.gettempdir()) / f"mhc_rewrite-{os.getuid() if owners else getpass.getuser()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not owners or folder.stat().st_uid == os.getuid():
+            return [folder]
+    return []
+
+
+def built() -> Path:
+    """The library's file, built if it is not there.
+
+    Raises:
+        OSError: nothing can be written in any folder.
+        RuntimeError: what the compiler says.
+    """
+    wanted = library()
+    if (file := wanted.found()) is not None:
+        return file
+    first, *spare = wanted.folders
+    try:
+        return _built_in(first, wanted)
+    except OSError as error:  # read-only, or full
+        if not spare:
+            raise
+        print(f"mhc_rewrite: {first} can't be used ({error}); {spare[0]} instead.", file=sys.stderr)
+        return _built_in(spare[0], wanted)
+
+
+def _built_in(folder: Path, wanted: Library) -> Path:
+    from torch.utils import cpp_extension  # brings setuptools along: half a second that loading does without
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, then moved: two processes that build at once do not wait for one another's locks.
+    with tempfile.TemporaryDirectory(dir=folder) as build, _ninja_beside_python():
+        if shutil.disk_usage(build).free < ROOM:
+            raise OSError(f"less than {ROOM >> 20} MB are free")
         print("mhc_rewrite: building the CPU kernels, once (about 20 seconds) ...", file=sys.stderr)
-        # In a folder of its own, then moved: two processes that build at once do not wait for one another's locks.
-        with tempfile.TemporaryDirectory(dir=folder) as build, _ninja_beside_python():
-            cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, build_directory=build, is_python_module=False)
-            os.replace(Path(build) / f"{name}.so", library)
-    return library
+        flags = list(wanted.flags)
+        cpp_extension.load(
+            wanted.name, [str(SOURCE)], extra_cflags=flags, build_directory=build, is_python_module=False
+        )
+        os.replace(Path(build) / f"{wanted.name}.so", folder / f"{wanted.name}.so")
+    return folder / f"{wanted.name}.so"
 
 
-def _folder() -> Path:
-    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "torch_extensions"
+def programs() -> str:
+    """Where programs are looked for: those of this Python's environment too, activated or not; `pip install ninja` puts
+    it there."""
+    return os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
 
 
 @contextlib.contextmanager
 def _ninja_beside_python() -> Iterator[None]:
-    """Inside, programs of this Python's environment are found, activated or not: `pip install ninja` puts it there."""
     before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    os.environ["PATH"] = programs()
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import sweep
 import sweep_oracle
+from handmade import nested
+from handmade.common import Kind
 from mhc_rewrite import mhcify, report
 from mhc_rewrite.errors import UnsupportedModelError
 from oracle import perturb, site_params
@@ -97,6 +99,19 @@ def test_the_oracle_can_fail(wrong: str) -> None:
     streams = [] if wrong == "ignored" else plan.streams
     off = sweep._error(got, sweep_oracle.tensors_of(run.replay(streams, parameters, 4, 1e-6)))
     assert right < 1e-12 and off > 1e-3
+
+
+@pytest.mark.parametrize("kind", nested.KINDS, ids=str)
+def test_the_oracle_reads_trunks_as_one_does_by_hand(kind: Kind) -> None:
+    """Trunks within blocks, beside one another, and on a part of the tokens; test_nested has the models by hand."""
+    model, arguments = kind.model(), kind.arguments()
+    run = sweep_oracle.Run(copy.deepcopy(model), arguments, {})
+    mhcify(model, arguments)
+    perturb(model)
+    planned, named = report(model).plan, dict(model.named_parameters())
+    parameters = {site.name: site_params(named, site.name) for site in planned.sites}
+    wanted = sweep_oracle.tensors_of(run.replay(planned.streams, parameters, 4, 1e-6))
+    assert sweep._error(sweep_oracle.tensors_of(model(*arguments)), wanted) < 1e-12
 
 
 def test_numbers_that_are_none_are_never_right() -> None:

@@ -101,7 +101,7 @@ def test_the_oracle_can_fail(wrong: str) -> None:
     assert right < 1e-12 and off > 1e-3
 
 
-@pytest.mark.parametrize("kind", nested.KINDS, ids=str)
+@pytest.mark.parametrize("kind", (*nested.KINDS, *nested.ADAPTED), ids=str)
 def test_the_oracle_reads_trunks_as_one_does_by_hand(kind: Kind) -> None:
     """Trunks within blocks, beside one another, and on a part of the tokens; test_nested has the models by hand."""
     model, arguments = kind.model(), kind.arguments()

@@ -119,15 +119,22 @@ def _normalizes(node: fx.Node, name: str) -> tuple[int, ...]:
 
 
 def _carried_by_module(node: fx.Node, carrier: nn.Module) -> list[Lift]:
+    if lift := _applied_by_module(node, carrier):
+        return [lift]
+    back = [source for source in node.all_input_nodes if source.name == node.meta["gives_back"]]
+    return [Lift(node, source, "given back") for source in back]  # an adapter that has nothing to add in this call, say
+
+
+def _applied_by_module(node: fx.Node, carrier: nn.Module) -> Lift | None:
     given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, fx.Node)]
     if len(given) != 1 or given != node.all_input_nodes or node.meta["mixes"]:
-        return []
+        return None
     (first,) = given
     if first.meta.get("shape") != node.meta["shape"]:
-        return []
+        return None
     module = carrier.get_submodule(str(node.target))
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return [Lift(node, first, "dropout module")]
+        return Lift(node, first, "dropout module")
 
     def call(value: Tensor) -> Tensor:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: value)
@@ -136,8 +143,8 @@ def _carried_by_module(node: fx.Node, carrier: nn.Module) -> list[Lift]:
 
     if channel_dims := acts_per_token(module, call, first.meta["shape"], first.meta["dtype"]):
         in_place = any(getattr(part, "inplace", False) for part in module.modules())
-        return [Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)]
-    return []
+        return Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)
+    return None
 
 
 def acts_per_token(
@@ -265,6 +272,13 @@ def _module_in_place(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, 
     return _module(graph, lift, own, mapped, channel_dim)
 
 
+def _given_back(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    """It gets the mean. What it gives back is known when it does."""
+    mean = graph.call_function(streams.read_mean, (source, channel_dim))
+    result = graph.call_module(str(lift.node.target), *_arguments(lift, mean, mapped))
+    return graph.call_function(streams.unless_changed, (source, mean, result, channel_dim))
+
+
 def _dropout_module(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
     module = graph.get_attr(str(lift.node.target))
     return graph.call_function(streams.shared_dropout_module, (module, source, channel_dim))
@@ -298,4 +312,5 @@ _WRITERS = {
     "dropout module": _dropout_module,
     "module": _module,
     "module in place": _module_in_place,
+    "given back": _given_back,
 }

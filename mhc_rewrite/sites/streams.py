@@ -114,6 +114,11 @@ def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
     return type(mix)(post.reshape(*tokens, n), res.reshape(*tokens, n, n))
 
 
+def unless_changed(streams: Tensor, mean: Tensor, result: Tensor, channel_dim: int) -> Tensor:
+    """The streams behind a module that gave their mean back as it was; new ones where it did not."""
+    return streams if result is mean else expand(result, streams.shape[stream_dim(channel_dim)], channel_dim)
+
+
 def fold(module: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """A module on a channels-first trunk, the one tensor that it is given, with the streams as part of the batch."""
     (streams,) = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

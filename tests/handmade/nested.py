@@ -257,6 +257,41 @@ def called_by_hand(model: CalledStack, hand: Streams, x: Tensor) -> Tensor:
     return model.layers[-1].on_trunk(hand.collapse(X))
 
 
+class Adapter(nn.Module):
+    """Has nothing to do to its first argument while it is off, and gives it back."""
+
+    def __init__(self, into: nn.Module) -> None:
+        super().__init__()
+        self.into, self.on = into, False
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, context: Tensor | None = None) -> Tensor:
+        if not self.on:
+            return x
+        return self.into(x) if mask is None else self.into(x) * mask
+
+
+class Adapted(nn.Module):
+    def __init__(self, masked: bool, image: bool) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), nn.Tanh()) if image else block()
+        self.adapter, self.masked = Adapter(self.f[0] if image else self.f[1]), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x)
+        return self.adapter(x, torch.ones_like(x[:1]), context=None) if self.masked else self.adapter(x=x)
+
+
+def adapted_by_hand(model: CalledStack, hand: Streams, x: Tensor) -> Tensor:
+    """Where an adapter is on, what it makes of the mean begins the streams anew."""
+    X = hand.expand(x)
+    for i, layer in enumerate(model.layers):
+        X = hand.site(f"layers.{i}.mhc_0", X, layer.f)
+        if layer.adapter.on:
+            mean = hand.collapse(X)
+            X = hand.expand(layer.adapter(mean, torch.ones_like(mean[:1]) if layer.masked else None))
+    return hand.collapse(X)
+
+
 def tokens() -> tuple[Tensor, ...]:
     return (features(2, 6, WIDTH),)
 
@@ -289,6 +324,17 @@ def called(name: str, image: bool, *given: object, channel_dim: int = -1, **how:
     return Kind(name, build, inputs, called_by_hand, (names("layers.{}", 3, 1),), channel_dim)
 
 
+def adapted(name: str, masked: bool, image: bool = False) -> Kind:
+    inputs = (lambda: (features(2, WIDTH, 3, 4),)) if image else tokens
+    build = partial(CalledStack, lambda: Adapted(masked, image))
+    return Kind(name, build, inputs, adapted_by_hand, (names("layers.{}", 3, 1),), 1 if image else -1)
+
+
+ADAPTED = (
+    adapted("a child that gives its argument back", False),
+    adapted("a child that gives its first argument back", True),
+    adapted("a child that gives an image back", True, True),
+)
 LAYER_BY_LAYER = tuple(names(f"layers.{i}", 1, 3) for i in range(2))
 ALTERNATING = (
     tuple(f"layers.{i}.mhc_{k}" for i in range(2) for k in (0, 3)),

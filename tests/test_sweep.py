@@ -77,6 +77,30 @@ def test_a_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["verdict"] == "refused" and row["reason"] == "UnsupportedModelError: for a reason"
 
 
+class Sharp(Net):
+    """The last digits of fp64 are seen in its fifth, as behind parts in fp32 and many sharp layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + torch.sin(3e11 * x)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.002])
+def test_a_model_is_held_to_its_own_rounding(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to more: what is wrong by as much as rounding is not told from it, what is wrong by more is."""
+    convert = mhcify
+
+    def converted(model: nn.Module) -> None:
+        convert(model)
+        model.register_forward_hook(lambda module, args, result: factor * result)
+
+    monkeypatch.setattr("mhc_rewrite.mhcify", converted)
+    row = examined(lambda: Sharp(2).eval())
+    assert row["evaluation"] > sweep.START
+    assert row["verdict"] == ("exact" if factor == 1.0 else "wrong"), row
+    assert ("own rounding" in row["note"]) == (factor == 1.0)
+
+
 @pytest.mark.parametrize("wrong", ["parameters", "order", "ignored"])
 def test_the_oracle_can_fail(wrong: str) -> None:
     """It tells a conversion with another site's parameters, with two sites exchanged, or with none, from the right."""

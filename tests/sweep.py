@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -152,6 +153,7 @@ def _from_one_state(original: nn.Module, model: nn.Module, args: Any, kwargs: An
     for one in (original, model):
         torch.manual_seed(1)
         random.seed(1)
+        numpy.random.seed(1)
         one.train(training)
         buffers = [(b, b.clone()) for b in one.buffers()]  # statistics of BatchNorm, say
         try:

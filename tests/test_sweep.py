@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,18 @@ def test_a_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhc_rewrite.mhcify", refused)
     row = examined(lambda: Net(2).eval())
     assert row["verdict"] == "refused" and row["reason"] == "UnsupportedModelError: for a reason"
+
+
+class Drawing(Net):
+    """Draws from numpy in training, as augmentations of spectra do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + numpy.random.rand() if self.training else x)
+
+
+def test_a_model_that_draws_from_numpy_begins_with_the_same_numbers() -> None:
+    row = examined(lambda: Drawing(2).eval())
+    assert row["verdict"] == "exact", row
 
 
 class Sharp(Net):

@@ -110,6 +110,52 @@ def two_ways_by_hand(model: TwoWayStack, hand: Streams, a: Tensor, b: Tensor) ->
     return hand.collapse(A), hand.collapse(B)
 
 
+class Across(nn.Module):
+    """Adds what one trunk reads of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return x + self.attn(x, memory)
+
+
+class Exchange(nn.Module):
+    """One module adds to both trunks, and each has blocks of its own behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across, self.f, self.g, self.h, self.k = Across(), block(), block(), block(), block()
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.across(a, b), self.across(b, a)
+        a, b = a + self.f(a), b + self.g(b)
+        return a + self.h(a), b + self.k(b)
+
+
+class ExchangeStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Exchange() for _ in range(2))
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            a, b = layer(a, b)
+        return a, b
+
+
+def exchange_by_hand(model: ExchangeStack, hand: Streams, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The module that both share is a site of neither."""
+    for i, layer in enumerate(model.layers):
+        a, b = layer.across(a, b), layer.across(b, a)
+        A = hand.site(f"layers.{i}.mhc_0", hand.expand(a), layer.f)
+        B = hand.site(f"layers.{i}.mhc_1", hand.expand(b), layer.g)
+        a = hand.collapse(hand.site(f"layers.{i}.mhc_2", A, layer.h))
+        b = hand.collapse(hand.site(f"layers.{i}.mhc_3", B, layer.k))
+    return a, b
+
+
 class NormedSkip(nn.Module):
     """A skip inside of a block, from behind its norm; alone, or beside attention as in LAuReL."""
 
@@ -300,6 +346,10 @@ def told() -> tuple[Tensor, ...]:
     return features(2, 6, WIDTH), features(2, 4, WIDTH)
 
 
+def both() -> tuple[Tensor, ...]:
+    return features(2, 5, WIDTH), features(2, 7, WIDTH)
+
+
 def hourglass(name: str, shorter: bool, depth: int) -> Kind:
     inner = tuple(tuple(f"layers.{i}.stage.{k}.mhc_{s}" for k in range(depth) for s in range(2)) for i in range(2))
     kind = stack_of(name, lambda: Hourglass(shorter, depth), hourglass_by_hand, 2, inputs=tokens)
@@ -309,8 +359,7 @@ def hourglass(name: str, shorter: bool, depth: int) -> Kind:
 def two_ways(name: str, twice: bool) -> Kind:
     left = tuple(f"layers.{i}.mhc_{k}" for i in range(3) for k in range(1 + twice))
     right = tuple(f"layers.{i}.mhc_{1 + twice}" for i in range(3))
-    inputs = lambda: (features(2, 5, WIDTH), features(2, 7, WIDTH))  # noqa: E731
-    return Kind(name, lambda: TwoWayStack(twice), inputs, two_ways_by_hand, (left, right))
+    return Kind(name, lambda: TwoWayStack(twice), both, two_ways_by_hand, (left, right))
 
 
 def normed_skip(name: str, beside: bool) -> Kind:
@@ -340,11 +389,13 @@ ALTERNATING = (
     tuple(f"layers.{i}.mhc_{k}" for i in range(2) for k in (0, 3)),
     *(tuple(f"layers.{i}.mhc_{k}" for k in (1, 2)) for i in range(2)),
 )
+EXCHANGE = tuple((f"layers.{i}.mhc_{k}", f"layers.{i}.mhc_{k + 2}") for i in range(2) for k in range(2))
 KINDS: tuple[Kind, ...] = (
     hourglass("a stage within a block", False, 1),
     hourglass("a deeper stage on fewer tokens within a block", True, 2),
     two_ways("two trunks that read each other", False),
     two_ways("two trunks that read each other, one twice", True),
+    Kind("a module that adds to two trunks", ExchangeStack, both, exchange_by_hand, EXCHANGE),
     normed_skip("a skip behind a block's norm", False),
     normed_skip("a skip behind a block's norm, beside attention", True),
     Kind("alternating updates", AlternatingStack, tokens, alternating_by_hand, ALTERNATING),

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -41,6 +42,9 @@ import sweep_oracle  # noqa: E402
 LIMIT = 60  # seconds for mhcify(); the checks have as many again
 START, PERTURBED = 1e-5, 1e-6  # relative errors that pass, in fp64; models keep parts in fp32
 IN_FP32 = 100.0  # by how much more a model may be off that does not run in fp64
+# What is off by more is held against what the model itself does when its parameters' last digits change, so often:
+# parts in fp32 round the other way then, and sharp layers behind them make much of it. UNDETERMINED is wrong anyway.
+LAST_DIGITS, OFTEN, TIMES, UNDETERMINED = 1e-15, 3, 5.0, 1e-3
 COVERAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
 
@@ -97,12 +101,16 @@ def examine(build: Callable[[], nn.Module], row: dict[str, Any]) -> None:
         mode = "training" if training else "evaluation"
         row[mode] = _at_the_start(original, model, args, kwargs, training)
     row["perturbed"], row["gradients"], row["note"] = _perturbed(run, model, planned, args, kwargs)
-    errors = [row[key] for key in ("evaluation", "training") if row[key] is not None]
-    further = [row[key] for key in ("perturbed", "gradients") if row[key] is not None]
     within = 1.0 if row["fp64"] else IN_FP32
-    right = all(error <= within * START for error in errors)
-    right = right and all(error <= within * PERTURBED for error in further)
-    row["verdict"] = "exact" if right else "wrong"
+    limits = {"evaluation": START, "training": START, "perturbed": PERTURBED, "gradients": PERTURBED}
+    off = {key for key, limit in limits.items() if row[key] is not None and not row[key] <= within * limit}
+    if off and row["fp64"] and all(row[key] < UNDETERMINED for key in off):
+        rounding = _by_rounding(off, model, original, args, kwargs)
+        worst = max(rounding[key] for key in off)
+        off = {key for key in off if row[key] > TIMES * rounding[key]}
+        if not off:
+            row["note"] = row["note"] or f"held to its own rounding: its last digits move it by {worst:.0e}"
+    row["verdict"] = "wrong" if off else "exact"
 
 
 def _in_fp64(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
@@ -145,6 +153,7 @@ def _from_one_state(original: nn.Module, model: nn.Module, args: Any, kwargs: An
     for one in (original, model):
         torch.manual_seed(1)
         random.seed(1)
+        numpy.random.seed(1)
         one.train(training)
         buffers = [(b, b.clone()) for b in one.buffers()]  # statistics of BatchNorm, say
         try:
@@ -185,9 +194,51 @@ def _perturbed(run: Any, model: nn.Module, plan: Any, args: Any, kwargs: Any) ->
     gradients = [_gradients(got, tensors), wanted]
     if not all(bool(g.isfinite().all()) for g in gradients[1]):
         return error, None, "gradients are not finite"
-    scale = max((float(g.abs().max()) for g in gradients[1]), default=0.0)
-    off = max((float((a - b).abs().max()) for a, b in zip(*gradients, strict=True)), default=0.0)
-    return error, off / max(scale, 1e-12), ""
+    return error, _off(*gradients), ""
+
+
+def _by_rounding(what: set[str], converted: nn.Module, original: nn.Module, args: Any, kwargs: Any) -> dict[str, float]:
+    """How far some of what is compared moves by the last digits of the parameters, in a model's fp64."""
+    moved = dict.fromkeys(what, 0.0)
+    at_the_start = [(mode, mode == "training") for mode in ("evaluation", "training") if mode in what]
+    for seed in range(OFTEN):
+        other = copy.deepcopy(original)
+        _change_last_digits(other, seed)
+        for mode, training in at_the_start:
+            moved[mode] = max(moved[mode], _at_the_start(original, other, args, kwargs, training) or 0.0)
+    if what > {mode for mode, _ in at_the_start}:
+        kept = [p.detach().clone() for p in converted.parameters()]
+        want = _outputs_and_gradients(converted, args, kwargs)
+        for seed in range(OFTEN):
+            _change_last_digits(converted, seed)
+            got = _outputs_and_gradients(converted, args, kwargs)
+            for name, error in (("perturbed", _error(got[0], want[0])), ("gradients", _off(got[1], want[1]))):
+                moved[name] = max(moved.get(name, 0.0), error)
+            with torch.no_grad():
+                for p, value in zip(converted.parameters(), kept, strict=True):
+                    p.copy_(value)
+    return moved
+
+
+def _outputs_and_gradients(converted: nn.Module, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(3)
+    outputs = sweep_oracle.tensors_of(converted(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+    return outputs, _gradients(outputs, [p for _, p in oracle.site_parameters(converted)])
+
+
+@torch.no_grad()
+def _change_last_digits(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.mul_(1 + LAST_DIGITS * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+
+
+def _off(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest difference of gradients, relative to the largest of them."""
+    scale = max((float(g.abs().max()) for g in want), default=0.0)
+    off = max((float((a - b).abs().max()) for a, b in zip(got, want, strict=True)), default=0.0)
+    return off / max(scale, 1e-12)
 
 
 def _gradients(results: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:

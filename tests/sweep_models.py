@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from conftest import define_torchvision_operators
 
@@ -20,12 +23,39 @@ def prepare(libraries: tuple[str, ...]) -> None:
     except RuntimeError:  # its operators do not load
         define_torchvision_operators()
         import torchvision  # noqa: F401
+    _define_grouped_matmul()
     if "transformers" in libraries:
         import transformers
 
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     if "timm" in libraries:
         import timm  # noqa: F401
+
+
+_KERNELS = torch.library.Library("aten", "IMPL")  # lives as long as its kernels are to
+
+
+def _define_grouped_matmul() -> None:
+    """torch's own for CPUs takes no fp64, in which mixtures of experts are to run as well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _KERNELS.impl("_grouped_mm", grouped_matmul, "CPU")
+
+
+def grouped_matmul(
+    left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """Rows (or, where both are matrices, columns) of `left` up to each of `offs` by a matrix of their own."""
+    if offs is None:
+        return torch.bmm(left, right)
+    bounds = [0, *offs.tolist()]
+    groups = [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
+    if right.dim() == 2:
+        return torch.stack([left[:, group] @ right[group] for group in groups])
+    result = left.new_zeros(left.shape[0], right.shape[-1])
+    for group, matrix in zip(groups, right, strict=True):
+        result[group] = left[group] @ matrix
+    return result
 
 
 def names(library: str) -> list[str]:

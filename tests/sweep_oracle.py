@@ -29,6 +29,7 @@ _MIXES = re.compile(
     r"linear|matmul|^b?mm$|addmm|baddbmm|^mv$|^dot$|conv|einsum|attention|^fft|rfft|pool|interpolate|cumsum|scan|tensordot"
     r"|lstm|gru|rnn|fold|grid_sample|bilinear|kron|outer|cdist|autograd"
 )
+_CUTS = {"__getitem__", "narrow", "select", "index_select"}  # a stream goes on behind `x[:, :k]`
 _FORM = {"__get__", "size", "dim", "numel", "is_floating_point", "is_complex", "__len__", "device", "dtype", "shape"}
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = __file__
@@ -290,6 +291,7 @@ class _Replay:
     ) -> None:
         self.run_, self.sites, self.parameters, self.n, self.eps = run, sites, parameters, n, eps
         self.sums = {residual.sum: of_stream[site.name] for residual, site in sites.values()}
+        self.residual_of = {residual.sum: residual for residual, _ in sites.values()}
         self.values: dict[int, Tensor] = {}
         self.streams: dict[int, list[Tensor]] = {}  # of values on a trunk
         self.lifted: dict[int, int] = {}  # ops that run once a stream -> the value on the trunk
@@ -309,8 +311,10 @@ class _Replay:
             step = run.producer[chain[-1]]
             if run.ops[step].mixes:
                 break
-            near = [v for v in dict.fromkeys(run.ops[step].inputs) if run.floats[v]
-                    and run.shapes[v].numel() == run.shapes[chain[-1]].numel() and v in run.producer]  # fmt: skip
+            cut = run.ops[step].name in _CUTS and len(run.ops[step].outputs) == 1
+            sources = run.ops[step].inputs[:1] if cut else dict.fromkeys(run.ops[step].inputs)
+            near = [v for v in sources if run.floats[v] and v in run.producer
+                    and (cut or run.shapes[v].numel() == run.shapes[chain[-1]].numel())]  # fmt: skip
             if len(near) > 1:  # the one that comes from the latest site of this stream; older states are read
                 earlier = [total for total, its_stream in self.sums.items() if its_stream == stream]
                 last = [max((t for t in earlier if v == t or run.above[v] >> t & 1), default=-1) for v in near]
@@ -319,13 +323,10 @@ class _Replay:
                 break
             steps.append(step)
             chain.append(near[0])
-        above = 0
-        for branch in residual.branches:
-            above |= run.above[branch] | 1 << branch
-        on_chain = set(steps)
+        block, on_chain = self._block(residual.branches, set(chain)), set(steps)
         readers = {
             value: [k for k in self._users(value) if k not in on_chain and k != op and k not in self.skipped
-                    and any(above >> out & 1 for out in run.ops[k].outputs)]
+                    and not block.isdisjoint(run.ops[k].outputs)]
             for value in chain
         }  # fmt: skip
         points = [value for value in chain if readers[value]]
@@ -344,6 +345,35 @@ class _Replay:
         else:
             self.begins[point] = op
             self.lifted.update(zip(steps[:at], chain[1 : at + 1], strict=True))
+
+    def _block(self, branches: Sequence[int], chain: set[int]) -> set[int]:
+        """The values that a block with these results computes.
+
+        A trunk within the block comes from the block's own, and its blocks belong to it; one from elsewhere brings no
+        more than itself.
+        """
+        found = self._behind(branches, min(chain))
+        opened: set[int] = set()
+        while inside := {
+            total for total in found & self.residual_of.keys() - opened
+            if not chain.isdisjoint(self._behind([self.residual_of[total].trunk], min(chain)))
+        }:  # fmt: skip
+            opened |= inside
+            for total in inside:
+                found |= self._behind(self.residual_of[total].branches, min(chain))
+        return found
+
+    def _behind(self, values: Sequence[int], oldest: int) -> set[int]:
+        """What values are computed from, back to the oldest, of a site's sum by its trunk alone."""
+        found, todo = set(values), list(values)
+        while todo:
+            value = todo.pop()
+            residual, producer = self.residual_of.get(value), self.run_.producer.get(value)
+            inputs = [residual.trunk] if residual else () if producer is None else self.run_.ops[producer].inputs
+            further = [source for source in inputs if source >= oldest and source not in found]
+            found.update(further)
+            todo += further
+        return found
 
     def _users(self, value: int) -> Iterator[int]:
         if not hasattr(self, "users"):

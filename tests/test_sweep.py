@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sweep
 import sweep_oracle
+from handmade import nested
+from handmade.common import Kind
 from mhc_rewrite import mhcify, report
 from mhc_rewrite.errors import UnsupportedModelError
 from oracle import perturb, site_params
@@ -75,6 +78,42 @@ def test_a_refusal_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["verdict"] == "refused" and row["reason"] == "UnsupportedModelError: for a reason"
 
 
+class Drawing(Net):
+    """Draws from numpy in training, as augmentations of spectra do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + numpy.random.rand() if self.training else x)
+
+
+def test_a_model_that_draws_from_numpy_begins_with_the_same_numbers() -> None:
+    row = examined(lambda: Drawing(2).eval())
+    assert row["verdict"] == "exact", row
+
+
+class Sharp(Net):
+    """The last digits of fp64 are seen in its fifth, as behind parts in fp32 and many sharp layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + torch.sin(3e11 * x)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.002])
+def test_a_model_is_held_to_its_own_rounding(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to more: what is wrong by as much as rounding is not told from it, what is wrong by more is."""
+    convert = mhcify
+
+    def converted(model: nn.Module) -> None:
+        convert(model)
+        model.register_forward_hook(lambda module, args, result: factor * result)
+
+    monkeypatch.setattr("mhc_rewrite.mhcify", converted)
+    row = examined(lambda: Sharp(2).eval())
+    assert row["evaluation"] > sweep.START
+    assert row["verdict"] == ("exact" if factor == 1.0 else "wrong"), row
+    assert ("own rounding" in row["note"]) == (factor == 1.0)
+
+
 @pytest.mark.parametrize("wrong", ["parameters", "order", "ignored"])
 def test_the_oracle_can_fail(wrong: str) -> None:
     """It tells a conversion with another site's parameters, with two sites exchanged, or with none, from the right."""
@@ -97,6 +136,19 @@ def test_the_oracle_can_fail(wrong: str) -> None:
     streams = [] if wrong == "ignored" else plan.streams
     off = sweep._error(got, sweep_oracle.tensors_of(run.replay(streams, parameters, 4, 1e-6)))
     assert right < 1e-12 and off > 1e-3
+
+
+@pytest.mark.parametrize("kind", (*nested.KINDS, *nested.ADAPTED), ids=str)
+def test_the_oracle_reads_trunks_as_one_does_by_hand(kind: Kind) -> None:
+    """Trunks within blocks, beside one another, and on a part of the tokens; test_nested has the models by hand."""
+    model, arguments = kind.model(), kind.arguments()
+    run = sweep_oracle.Run(copy.deepcopy(model), arguments, {})
+    mhcify(model, arguments)
+    perturb(model)
+    planned, named = report(model).plan, dict(model.named_parameters())
+    parameters = {site.name: site_params(named, site.name) for site in planned.sites}
+    wanted = sweep_oracle.tensors_of(run.replay(planned.streams, parameters, 4, 1e-6))
+    assert sweep._error(sweep_oracle.tensors_of(model(*arguments)), wanted) < 1e-12
 
 
 def test_numbers_that_are_none_are_never_right() -> None:

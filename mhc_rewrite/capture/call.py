@@ -36,13 +36,19 @@ PLAIN = (
     torch.Size,
 )
 
+_BY_POSITION = "#"  # stands among the arguments of a wrapped forward: how many of them were not given by name
+
 
 @dataclass(frozen=True)
 class CallShape:
-    """The parameters of a forward: names in positional order, and defaults."""
+    """The parameters of a forward: names in positional order, and defaults.
+
+    A decorator may look at what is given, and how: `wrapped` forwards are called just as they were.
+    """
 
     names: tuple[str, ...]
     defaults: dict[str, Any] = field(hash=False)
+    wrapped: bool = False
 
     @classmethod
     @functools.cache
@@ -53,11 +59,12 @@ class CallShape:
         return cls(
             names=tuple(p.name for p in parameters if p.kind in positional),
             defaults={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
+            wrapped=list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:] != parameters,
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name; what `*args` takes is named `*0`, `*1`, ..."""
-        bound = dict(self.defaults)
+        bound = {_BY_POSITION: len(args)} if self.wrapped else dict(self.defaults)
         for index, value in enumerate(args):
             bound[self.names[index] if index < len(self.names) else f"*{index - len(self.names)}"] = value
         bound.update(kwargs)
@@ -65,6 +72,12 @@ class CallShape:
 
     def unbind(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inverse of `bind`."""
+        if self.wrapped:
+            count = bound[_BY_POSITION]
+            leading = [*self.names, *(f"*{index}" for index in range(count))][:count]
+            return tuple(bound[name] for name in leading), {
+                name: value for name, value in bound.items() if name not in (_BY_POSITION, *leading)
+            }
         leading = list(itertools.takewhile(bound.__contains__, self.names))
         if len(leading) == len(self.names):
             leading += [name for name in bound if name[0] == "*"]
@@ -171,5 +184,6 @@ def replace_leaves(value: Any, path: str, leaves: dict[str, Any]) -> Any:
 
 def describe(key: tuple[Any, ...], training: bool) -> str:
     """A variant for a reader."""
-    given = [entry[0] if len(entry) == 2 else f"{entry[0]}={entry[2]!r}" for entry in key if entry[-1] is not None]
+    told = [entry for entry in key if entry[0] != _BY_POSITION and entry[-1] is not None]
+    given = [entry[0] if len(entry) == 2 else f"{entry[0]}={entry[2]!r}" for entry in told]
     return f"{'train' if training else 'eval'}({', '.join(given)})"

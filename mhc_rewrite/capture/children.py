@@ -30,9 +30,10 @@ class ChildWatch(TorchFunctionMode):
         self.has_matrices = any(p.dim() >= 2 for p in parameters)
         self.kept: list[Any] = list(tensors)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, given_back: bool) -> dict[str, Any]:
         """Node metadata: what torch functions do not show, a C++ extension say, is judged by its parameters."""
-        return {"mixes": self.mixes or (self.has_matrices and not self.saw_anything)}
+        unseen = self.has_matrices and not self.saw_anything and not given_back
+        return {"mixes": self.mixes or unseen}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -42,8 +42,9 @@ class ModuleGraph:
 
     Node metadata: `shape`, `dtype` (of tensors), `source` (SourceLine), `holder` (the inlined module that ran it,
     relative to the carrier), `serial` (when it ran), `calls` (the calls of inlined modules that it ran in), `mixes` and
-    `axes` (of child calls and opaque functions: what they do with each of their tensors), `storage`, `inplace`,
-    `counted` (its size depends on what tensors contain).
+    `axes` (of child calls and opaque functions: what they do with each of their tensors), `gives_back` (the name of the
+    node whose very tensor a child call returned), `storage`, `inplace`, `counted` (its size depends on what tensors
+    contain).
 
     Attributes:
         module: the carrier's name.

@@ -259,7 +259,9 @@ class ModuleTracer(fx.Tracer):
         self.watch.check_numpy(drawn=True)
         traced = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in TRACED]
         axes = {t.node.name: watch.followed(t.value, value) for t in traced if id(t.value) in watch.followers}
-        return value, {**watch.facts(), "axes": axes}
+        same = next((leaf for leaf in traced if isinstance(value, Tensor) and leaf.value is value), None)
+        gives_back = same.node.name if same is not None else None
+        return value, {**watch.facts(same is not None), "axes": axes, "gives_back": gives_back}
 
     def _written(self, kind: str, target: Any, kwargs: Any, inputs: list[Any], value: Any) -> Any:
         """The traced value that this operation changed in place, if it did."""

@@ -30,7 +30,14 @@ from mhc_rewrite.errors import (
     UnsupportedModelError,
 )
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
-from mhc_rewrite.passes.link_streams import LinkedStream, SiteRef, decided_axes, decided_sources, link_streams
+from mhc_rewrite.passes.link_streams import (
+    LinkedStream,
+    SiteRef,
+    decided_axes,
+    decided_shared,
+    decided_sources,
+    link_streams,
+)
 from mhc_rewrite.passes.same_site import Known, SiteKey
 from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan
 
@@ -207,7 +214,10 @@ def _settle(modes: list[Mode], captures: Captures, config: MHCConfig) -> list[Mo
         decided: dict[str, dict[SiteKey, Known]] = defaultdict(dict)
         now: set[tuple[SiteRef, str]] = set()
         for mode in modes:
-            for ref, change in (*decided_sources(mode.streams), *decided_axes(mode.streams, config.min_sites)):
+            for ref, change in (
+                *decided_shared(mode.streams), *decided_sources(mode.streams),
+                *decided_axes(mode.streams, config.min_sites),
+            ):  # fmt: skip
                 kind = "source" if "source" in change else "axis"
                 earlier = decided[ref.carrier].get(ref.key)
                 known = replace(earlier or captures.known_of(ref.carrier)[ref.key], **change)

@@ -33,9 +33,10 @@ _OUTPUTS = {64: 1e-4, 32: 1e-3, 16: 0.2}
 _GRADIENTS = {64: 1e-4, 32: 1e-2, 16: 0.5}
 # A gradient that is nothing but rounding (a key's bias in attention) is held against the others'.
 _FLOOR = {64: 1e-6, 32: 1e-4, 16: 1e-2}
-# Gradients that differ more are held against what they do when parameters move by so much, so often: a difference of a
-# few times that is rounding.
+# What differs more is held against what it does when parameters move by so much, so often: a difference of a few times
+# that is rounding.
 _LAST_DIGITS, _WOBBLES, _TIMES = 1e-6, 3, 4
+_UNDETERMINED = 1e-2  # of 1 and the largest: outputs that move further could not be told from wrong ones
 
 
 @dataclass
@@ -69,6 +70,8 @@ class Run:
 
 # Training without dropout is run only where random numbers were drawn.
 Observation = dict[str, Run]
+# How far outputs, by number, and gradients, by name, move with the parameters' last digits.
+Wobble = dict[int | str, float]
 EVALUATION, TRAINING, WITHOUT_DROPOUT = "evaluation", "training", "training without dropout"
 
 
@@ -96,19 +99,19 @@ def verify(
         before: what the original did.
         after: what the converted model does.
         values: whether outputs and gradients have to agree, or only their shapes.
-        again: observes the converted model once more. Gradients that differ may do so anyway: where a relu is at its
-            kink, or statistics of a small batch are divided by, rounding alone changes them.
+        again: observes the converted model once more. What differs may do so anyway: where a relu is at its kink,
+            statistics of a small batch are divided by, or many sharp layers follow a part in fp32, rounding does it.
 
     Raises:
         UnsupportedModelError: the converted model fails where the original does not, or does something else.
     """
     said = []
     bits = _narrowest(model)
-    wobbles: dict[str, dict[str, float]] | None = None
+    wobbles: dict[str, Wobble] | None = None
     for mode in (EVALUATION, TRAINING):
         one, other = before[mode], after[mode]
         difference = _difference(model, mode, one, other, values, bits)
-        if difference is not None and _difference(model, mode, one, other, values, bits, gradients=False) is None:
+        if difference is not None and values and _have_one_form(one, other):
             wobbles = wobbles if wobbles is not None else _wobbles(model, bits, after, again)
             difference = _difference(model, mode, one, other, values, bits, wobbles[mode])
             if difference is None:
@@ -253,11 +256,9 @@ class _WithoutDropout(TorchFunctionMode):
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def _wobbles(
-    model: nn.Module, bits: int, seen: Observation, again: Callable[[], Observation]
-) -> dict[str, dict[str, float]]:
-    """By mode and parameter, how far a gradient moves when the parameters' last digits do."""
-    moved: dict[str, dict[str, float]] = {mode: {} for mode in seen}
+def _wobbles(model: nn.Module, bits: int, seen: Observation, again: Callable[[], Observation]) -> dict[str, Wobble]:
+    """By mode, how far outputs and gradients move when the parameters' last digits do."""
+    moved: dict[str, Wobble] = {mode: {} for mode in seen}
     generator = torch.Generator().manual_seed(_SEED)
     # Models in fp64 have parts in fp32.
     size = max(torch.finfo({64: torch.float64, 32: torch.float32, 16: torch.bfloat16}[bits]).eps, _LAST_DIGITS)
@@ -274,17 +275,22 @@ def _wobbles(
             with torch.no_grad():
                 for p, value in zip(parameters, kept, strict=True):
                     p.copy_(value)
-        for mode in moved:
-            gradients = other[mode].gradients if mode in other else {}
-            for name in gradients.keys() & seen[mode].gradients.keys():
-                error = _apart(seen[mode].gradients[name], gradients[name])
-                moved[mode][name] = max(moved[mode].get(name, 0.0), error)
+        for mode in moved.keys() & other.keys():
+            one, now = seen[mode], other[mode]
+            if not _have_one_form(one, now):
+                continue
+            errors: Wobble = {number: _furthest(*pair) for number, pair in enumerate(zip(one.outputs, now.outputs))}
+            for name in one.gradients.keys() & now.gradients.keys():
+                errors[name] = _apart(one.gradients[name], now.gradients[name])
+            for key, error in errors.items():
+                if error < torch.inf:
+                    moved[mode][key] = max(moved[mode].get(key, 0.0), error)
     return moved
 
 
 def _difference(
     model: nn.Module, mode: str, one: Run, other: Run, values: bool, bits: int,
-    wobble: Mapping[str, float] | None = None, gradients: bool = True,
+    wobble: Mapping[int | str, float] | None = None,
 ) -> str | None:  # fmt: skip
     """What the converted model does that the original does not; None where nothing can be seen."""
     kind = type(model).__name__
@@ -295,7 +301,7 @@ def _difference(
             f"The converted {kind} fails on the example in {mode} ({other.failed}), so nothing was changed. Code "
             "between its layers reads the residual stream in a way that the analysis did not see."
         )
-    what = _of_outputs(one.outputs, other.outputs, values, bits)
+    what = _of_outputs(one.outputs, other.outputs, values, bits, wobble or {})
     if what is not None:
         return (
             f"The converted {kind} returns something else than the original on the example in {mode}: {what}. Nothing "
@@ -308,7 +314,7 @@ def _difference(
             f"{other.failed_backward}. Nothing was changed; the original's backward runs."
         )
     what = None
-    if gradients and values and one.failed_backward is None:
+    if values and one.failed_backward is None:
         what = _of_gradients(one.gradients, other.gradients, bits, wobble or {})
     if what is not None:
         return (
@@ -318,7 +324,22 @@ def _difference(
     return None
 
 
-def _of_outputs(before: list[Tensor], after: list[Tensor], values: bool, bits: int) -> str | None:
+def _have_one_form(one: Run, other: Run) -> bool:
+    return [(t.shape, t.dtype) for t in one.outputs] == [(t.shape, t.dtype) for t in other.outputs]
+
+
+def _furthest(old: Tensor, new: Tensor) -> float:
+    """The largest difference of two outputs; infinite where one is no number and the other is one."""
+    if old.is_meta or not old.is_floating_point() or not old.numel():
+        return 0.0
+    old, new = old.double(), new.double()
+    error = torch.where((old == new) | (old.isnan() & new.isnan()), torch.zeros_like(old), (old - new).abs())
+    return float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+def _of_outputs(
+    before: list[Tensor], after: list[Tensor], values: bool, bits: int, wobble: Mapping[int | str, float]
+) -> str | None:
     if len(before) != len(after):
         return f"{len(after)} tensors for {len(before)}"
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -327,19 +348,19 @@ def _of_outputs(before: list[Tensor], after: list[Tensor], values: bool, bits: i
             return f"{which} is {tuple(new.shape)} {new.dtype} for {tuple(old.shape)} {old.dtype}"
         if not values or old.is_meta or not old.is_floating_point() or not old.numel():
             continue
-        narrow = _bits(old.dtype, bits)
-        old, new = old.double(), new.double()
-        finite = old[old.isfinite()].abs()
-        allowed = _OUTPUTS[narrow] * (1 + (float(finite.max()) if finite.numel() else 0.0))
-        error = torch.where((old == new) | (old.isnan() & new.isnan()), torch.zeros_like(old), (old - new).abs())
-        worst = float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+        finite = old[old.isfinite()].double().abs()
+        size = 1 + (float(finite.max()) if finite.numel() else 0.0)
+        allowed = max(
+            _OUTPUTS[_bits(old.dtype, bits)] * size, min(_TIMES * wobble.get(number, 0.0), _UNDETERMINED * size)
+        )
+        worst = _furthest(old, new)
         if worst > allowed:
             return f"{which} differs by {worst:.2g}, where {allowed:.2g} would be rounding"
     return None
 
 
 def _of_gradients(
-    before: dict[str, Gradient], after: dict[str, Gradient], bits: int, wobble: Mapping[str, float]
+    before: dict[str, Gradient], after: dict[str, Gradient], bits: int, wobble: Mapping[int | str, float]
 ) -> str | None:
     if before.keys() != after.keys():
         only = sorted(before.keys() ^ after.keys())

@@ -17,7 +17,7 @@ from mhc_rewrite.passes import feature_axis, lifting, recurrence
 from mhc_rewrite.passes.feature_axis import Votes
 from mhc_rewrite.passes.find_carriers import DISCRETE, STAGE
 from mhc_rewrite.passes.lifting import Lift
-from mhc_rewrite.passes.lineage import ancestors, is_linear, lineage, mixes, operands, reads_form
+from mhc_rewrite.passes.lineage import ancestors, block_of, is_linear, lineage, mixes, operands, reads_form
 from mhc_rewrite.passes.lineage import region as region_of
 from mhc_rewrite.passes.same_site import Known, SiteKey, make_keys, matched
 from mhc_rewrite.plans import Rejection
@@ -270,6 +270,7 @@ class _Finder:
             return "two-reads", f"the branch reads the trunk at two points, {reads[0].name!r} and {reads[1].name!r}"
         if add.meta.get("inplace") and (alias := self._alias(add, chain)) is not None:
             return "alias", f"the add is in place and {alias.name!r} reads the same memory afterwards"
+        region = block_of(branch, read, set(chain), self.sites)
         return FoundSite(add, chain, lifts, read, [(branch, factor)], scale, region)
 
     def _merge(self, add: fx.Node, trunk: fx.Node, branch: fx.Node, scale: float, factor: float) -> bool:
@@ -277,14 +278,15 @@ class _Finder:
         inner = self.sites.get(trunk)
         if inner is None or scale != 1 or any(user is not add and not reads_form(user) for user in trunk.users):
             return False
-        above = lineage(branch, self.sites)
-        region = region_of(inner.read, above, set(inner.chain))
-        if not any(mixes(node) for node in region):
+        region = region_of(inner.read, lineage(branch, self.sites), set(inner.chain))
+        if not any(mixes(node) or node in self.sites for node in region):
+            return False
+        if all(node in self.sites or is_linear(node) for node in region):
             return False
         del self.sites[trunk]
         branches = [*inner.branches, (branch, factor)]
         self.sites[add] = FoundSite(add, inner.chain, inner.lifts, inner.read, branches, inner.scale,
-                                    inner.region | region,
+                                    inner.region | block_of(branch, inner.read, set(inner.chain), self.sites),
                                     absorbed=inner.absorbed | {trunk})  # fmt: skip
         return True
 
@@ -384,16 +386,21 @@ class _Finder:
                 previous.sites[-1].add is not site.chain[-1] or previous.sites[-1].channel_dim != site.channel_dim
             ):
                 previous = None
+            whole = True  # or a part of it, on its own
+            if previous is not None and self._in_a_block(site):
+                previous, whole = None, False
+                self._cut(site)
             on_trunk = site.chain[: site.chain.index(site.read) + 1] if previous is None else site.chain[:-1]
             if not claimed.isdisjoint(on_trunk) and previous is not None and site.read not in claimed:
-                previous, on_trunk = None, site.chain[: site.chain.index(site.read) + 1]  # a part of it, on its own
+                previous, whole, on_trunk = None, False, site.chain[: site.chain.index(site.read) + 1]
                 self._cut(site)
             if not claimed.isdisjoint(on_trunk):
                 forks[site.add] = "fork", "another residual add continues the same trunk"
                 continue
             claimed.update(on_trunk, [site.add])
             if previous is None:
-                self._note_end(site)
+                if whole:
+                    self._note_end(site)
                 previous = Trunk([])
                 trunks.append(previous)
             previous.sites.append(site)
@@ -404,6 +411,11 @@ class _Finder:
             self._find_source(trunk, taken)
             self._find_sinks(trunk, leaves)
         return trunks, forks
+
+    def _in_a_block(self, site: FoundSite) -> bool:
+        """As `h + g(h)` in `x + (h + g(h))` with `h = norm(x)`: what goes on is x, and the skip begins in its block."""
+        others = (other for other in self.sites.values() if other.chain[-1] is site.chain[-1])
+        return any(site.read in other.region and site.add in other.region for other in others)
 
     @staticmethod
     def _cut(site: FoundSite) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
     inputs = [a for a in node.all_input_nodes if "shape" in a.meta]
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if node.op == "call_module":
-        return _carried_by_module(node, first, inputs, carrier)
+        return _carried_by_module(node, carrier)
     name = vocabulary.name_of(node.target)
     bare = name.rstrip("_")
     if copied := _copied(node, name):
@@ -117,20 +118,39 @@ def _normalizes(node: fx.Node, name: str) -> tuple[int, ...]:
     return (-1,) if alone else ()
 
 
-def _carried_by_module(node: fx.Node, first: fx.Node | None, inputs: list[fx.Node], carrier: nn.Module) -> list[Lift]:
-    if first is None or inputs != [first] or first.meta.get("shape") != node.meta["shape"] or node.meta["mixes"]:
-        return []
+def _carried_by_module(node: fx.Node, carrier: nn.Module) -> list[Lift]:
+    if lift := _applied_by_module(node, carrier):
+        return [lift]
+    back = [source for source in node.all_input_nodes if source.name == node.meta["gives_back"]]
+    return [Lift(node, source, "given back") for source in back]  # an adapter that has nothing to add in this call, say
+
+
+def _applied_by_module(node: fx.Node, carrier: nn.Module) -> Lift | None:
+    given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, fx.Node)]
+    if len(given) != 1 or given != node.all_input_nodes or node.meta["mixes"]:
+        return None
+    (first,) = given
+    if first.meta.get("shape") != node.meta["shape"]:
+        return None
     module = carrier.get_submodule(str(node.target))
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return [Lift(node, first, "dropout module")]
-    if channel_dims := acts_per_token(module, first.meta["shape"], first.meta["dtype"]):
+        return Lift(node, first, "dropout module")
+
+    def call(value: Tensor) -> Tensor:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: value)
+        result: Tensor = module(*args, **kwargs)
+        return result
+
+    if channel_dims := acts_per_token(module, call, first.meta["shape"], first.meta["dtype"]):
         in_place = any(getattr(part, "inplace", False) for part in module.modules())
-        return [Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)]
-    return []
+        return Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)
+    return None
 
 
-def acts_per_token(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
-    """The trunk layouts for which a module treats every stream as if it were alone: found by trying.
+def acts_per_token(
+    module: nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, ...]:
+    """The trunk layouts for which a module, called in this way, treats every stream as if it were alone: by trying.
 
     It is tried in training mode too, where BatchNorm's statistics would run over all streams.
     """
@@ -149,20 +169,23 @@ def acts_per_token(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
     found = []
     for channel_dim in (-1, 1) if len(shape) > 2 else (-1,):
         try:
-            if all(_acts_alone(module, ones, channel_dim, training, tolerance) for training in (False, True)):
+            if all(_acts_alone(module, call, ones, channel_dim, training, tolerance) for training in (False, True)):
                 found.append(channel_dim)
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
+        except Exception:
             continue  # it can't take the streams' shape, so it can't be lifted this way
     return tuple(found)
 
 
-def _acts_alone(module: nn.Module, ones: list[Tensor], channel_dim: int, training: bool, tolerance: float) -> bool:
+def _acts_alone(
+    module: nn.Module, call: Callable[[Tensor], Tensor], ones: list[Tensor], channel_dim: int, training: bool,
+    tolerance: float,
+) -> bool:  # fmt: skip
     with undisturbed(module):
         module.train(training)
         dim = streams.stream_dim(channel_dim)
-        alone = torch.stack([module(x.clone()) for x in ones], dim)
+        alone = torch.stack([call(x.clone()) for x in ones], dim)
         together = torch.stack(ones, dim)
-        lifted = module(together) if channel_dim == -1 else streams.fold(module, together)
+        lifted = call(together) if channel_dim == -1 else streams.fold(call, together)
     return lifted.shape == alone.shape and torch.allclose(lifted, alone, atol=tolerance, rtol=tolerance)
 
 
@@ -249,6 +272,13 @@ def _module_in_place(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, 
     return _module(graph, lift, own, mapped, channel_dim)
 
 
+def _given_back(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
+    """It gets the mean. What it gives back is known when it does."""
+    mean = graph.call_function(streams.read_mean, (source, channel_dim))
+    result = graph.call_module(str(lift.node.target), *_arguments(lift, mean, mapped))
+    return graph.call_function(streams.unless_changed, (source, mean, result, channel_dim))
+
+
 def _dropout_module(graph: fx.Graph, lift: Lift, source: fx.Node, mapped: Any, channel_dim: int) -> fx.Node:
     module = graph.get_attr(str(lift.node.target))
     return graph.call_function(streams.shared_dropout_module, (module, source, channel_dim))
@@ -282,4 +312,5 @@ _WRITERS = {
     "dropout module": _dropout_module,
     "module": _module,
     "module in place": _module_in_place,
+    "given back": _given_back,
 }

@@ -57,6 +57,23 @@ def region(read: fx.Node, above: set[fx.Node], chain: set[fx.Node]) -> set[fx.No
     return seen
 
 
+def block_of(branch: fx.Node, read: fx.Node, chain: set[fx.Node], sites: Mapping[fx.Node, FoundSite]) -> set[fx.Node]:
+    """What is computed from `read`, off the trunk, on the way to the branch: the block of a site.
+
+    A trunk that itself comes from `read` lies in the block, with all that its own blocks read. One that comes from
+    elsewhere does not: its blocks read this trunk as anybody does.
+    """
+    above, opened = lineage(branch, sites), set[fx.Node]()
+    while True:
+        found = region(read, above, chain)
+        inside = [node for node in found - opened if node in sites and sites[node].chain[0] in found | {read}]
+        if not inside:
+            return found
+        opened.update(inside)
+        for node in inside:
+            above |= set().union(*(lineage(other, sites) for other, _ in sites[node].branches))
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values, not only sizes, a node is computed from."""
     return [source for source in node.all_input_nodes if not reads_form(source)]

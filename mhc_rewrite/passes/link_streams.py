@@ -166,6 +166,16 @@ def decided_sources(streams: list[LinkedStream]) -> Iterator[tuple[SiteRef, dict
                 yield segment.refs[0], {"source": leaf}
 
 
+def decided_shared(streams: list[LinkedStream]) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
+    """A site that one call runs on two trunks, of streams that are otherwise not alike, is of neither."""
+    seen: dict[tuple[int, SiteRef], int] = {}
+    for number, stream in enumerate(streams):
+        for segment in stream.segments:
+            for ref in segment.refs:
+                if seen.setdefault((segment.call.index, ref), number) != number:
+                    yield ref, {"refused": ("shared", "the same module adds to two trunks in one call")}
+
+
 def decided_axes(streams: list[LinkedStream], min_sites: int) -> Iterator[tuple[SiteRef, dict[str, Any]]]:
     """All sites of a stream get one axis, by a vote of all of them; a stream without one is none."""
     for stream in streams:

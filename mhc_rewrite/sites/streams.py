@@ -114,9 +114,22 @@ def in_layout_of(mix: Any, streams: Tensor, channel_dim: int) -> Any:
     return type(mix)(post.reshape(*tokens, n), res.reshape(*tokens, n, n))
 
 
-def fold(module: Callable[..., Tensor], streams: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A module on a channels-first trunk, with the streams as part of the batch."""
+def unless_changed(streams: Tensor, mean: Tensor, result: Tensor, channel_dim: int) -> Tensor:
+    """The streams behind a module that gave their mean back as it was; new ones where it did not."""
+    return streams if result is mean else expand(result, streams.shape[stream_dim(channel_dim)], channel_dim)
+
+
+def fold(module: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A module on a channels-first trunk, the one tensor that it is given, with the streams as part of the batch."""
+    (streams,) = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     batch, n = streams.shape[:2]
-    if getattr(module, "inplace", False):  # where axes fold as a view, autograd would refuse
-        streams = streams.clone(memory_format=torch.contiguous_format)
-    return module(streams.flatten(0, 1), *args, **kwargs).unflatten(0, (batch, n))
+
+    def folded(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if getattr(module, "inplace", False):  # where axes fold as a view, autograd would refuse
+            value = value.clone(memory_format=torch.contiguous_format)
+        return value.flatten(0, 1)
+
+    result = module(*(folded(value) for value in args), **{name: folded(value) for name, value in kwargs.items()})
+    return result.unflatten(0, (batch, n))

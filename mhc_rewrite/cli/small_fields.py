@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
+
 HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, QUERIES = 4, 4, 512, 16, 128, 16
-MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED = 12, 64, 4, 2
+MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED, CHANNELS, PATCHES, SIDE_PATCHES, SIDE = 12, 64, 4, 2, 32, 16, 4, 128
 Heads = int | None | Literal["evenly"]
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
@@ -72,6 +74,12 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, VOCABULARY)
         elif name == "num_queries" and shallow:
             small[name] = min(value, QUERIES)
+        elif name == "base_channels" and heads is not None:
+            small[name] = min(value, CHANNELS)
+        elif name == "num_patches" and shallow:  # in all, or, where the patch has no size of its own, along a side
+            small[name] = min(value, PATCHES if "patch_size" in fields else SIDE_PATCHES)
+        elif shallow and name in ("max_img_size", "visual_prompt_size"):  # a picture, and its frame
+            small[name] = value // SIDE_PATCHES
         elif name == "max_source_positions" and shallow:
             small[name] = min(value, FRAMES)
         elif shallow and (name.endswith("tokens_per_image") or _CLIP.search(name)):
@@ -81,18 +89,33 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     small |= {name: 2 for name, value in fields.items() if value is None and _EXPERTS_A_TOKEN.search(name)}
     if shallow and (patch := _patch(fields)):
         small["image_size"] = min(fields["image_size"], 4 * patch)
+    elif shallow and isinstance(size := fields.get("image_size"), int) and not any("patch" in name for name in fields):
+        small["image_size"] = min(size, SIDE)  # of convolutions alone
+    if shallow and isinstance(architecture := fields.get("architecture"), str) and "model_args" in fields:
+        small["model_args"] = {**_of_timm(architecture), **(fields["model_args"] or {})} or None
     if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
         small["max_length"] = min(longest, 2 * FRAMES)
     if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
         # A stage of a residual network begins with a projection: three layers leave two adds that follow one another.
         most = 3 if "layer_type" in fields else 2
         small["depths"] = [min(depth, most) for depth in depths]
-    if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):
-        small["per_layer_config"] = {key: value for key, value in of_layers.items() if int(key) < depth}
     if heads is not None:
         counts = {value: small[name] for name, value in _numbers(fields) if _LAYERS.search(name) and name in small}
         for name, value in _narrow_fields(config, fields, heads, factor).items():
             small[name] = value[: counts.get(len(value))] if isinstance(value, list) else value
+    if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):  # what is small now is so in each
+        small["per_layer_config"] = {
+            key: {name: one for name, one in value.items() if name not in small} if isinstance(value, dict) else value
+            for key, value in of_layers.items()
+            if int(key) < depth
+        }
+    for name, value in fields.items():
+        if (
+            name.endswith("feature_sizes")
+            and isinstance(value, (list, tuple))
+            and (ratio := _picture_ratio(parts, small))
+        ):
+            small[name] = [[max(1, round(side * ratio)) for side in size] for size in value]
     for name, value in fields.items():  # numbers of layers whose states are read
         if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
             small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
@@ -103,7 +126,7 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     if heads != "evenly":
         _agree(config, parts, small)
     if words := small.get("vocab_size", _words(small)):
-        small |= _token_ids(fields, words)
+        small |= token_ids(fields, words)
     # What is small already is made as it always is: not all configs take what they give out.
     return {name: value for name, value in small.items() if name not in parts or value != part_fields(parts[name], {})}
 
@@ -115,6 +138,30 @@ def _patch(fields: Mapping[str, Any]) -> int | None:
         patch = patch[-1]
     whole = isinstance(patch, int) and isinstance(fields.get("image_size"), int)
     return patch if whole and not any(name in fields for name in _STAGES) else None
+
+
+def _of_timm(architecture: str) -> dict[str, Any]:
+    """What makes a model of timm small, where it is a stack of equal layers on patches of one size."""
+    try:
+        import timm
+
+        with torch.device("meta"):
+            small: dict[str, Any] = {"depth": LAYERS}
+            model: Any = timm.create_model(architecture, **small)
+            small["img_size"] = 4 * model.patch_embed.patch_size[-1]
+            timm.create_model(architecture, **small)
+    except Exception:  # no such options, or no timm
+        return {}
+    return small
+
+
+def _picture_ratio(parts: Mapping[str, Any], small: Mapping[str, Any]) -> float | None:
+    """How much smaller the pictures of a part have become."""
+    for name, part in parts.items():
+        before, after = getattr(part, "image_size", None), small[name].get("image_size")
+        if isinstance(before, int) and isinstance(after, int):
+            return after / before
+    return None
 
 
 def _depth(config: Any, fields: Mapping[str, Any]) -> int:
@@ -243,7 +290,7 @@ def _times(width: int, numerator: int, denominator: int) -> int:
     return int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)
 
 
-def _token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:
+def token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:
     """Ids of special tokens that lie beyond the smaller vocabulary, brought inside it, each its own."""
     ids: dict[str, Any] = {}
     free = words - 1

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mhc_rewrite.capture.examples.lessons import failing_lines
+from mhc_rewrite.cli.small_fields import token_ids
 
 SMALL = 8
 _WIDTHS = re.compile(
@@ -81,6 +82,11 @@ def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
             )
             # A width inside the model is a round number; others are inputs'.
             changed = _replaced(options, wanted, got) if got % 32 == 0 else {}
+        elif found := re.search(r"must match except in dimension \d\. Expected size (\d+) but got size (\d+)", message):
+            one, other = int(found[1]), int(found[2])
+            changed = _replaced(options, one, other) or _replaced(options, other, one)
+        elif "index out of range in self" in message:  # a part is given what another one puts out
+            changed = _one_vocabulary(options, min(_vocabularies(options), default=0))
         else:
             continue
         fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
@@ -101,8 +107,29 @@ def _replaced(tree: dict[str, Any], old: Any, new: Any) -> dict[str, Any]:
     for key, value in tree.items():
         if (list(value) if isinstance(value, tuple) else value) == old and not isinstance(value, bool):
             found[key] = new
+        elif isinstance(value, (list, tuple)) and any(type(one) is int and one == old for one in value):
+            found[key] = [new if one == old else one for one in value]
         elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
             found[key] = {**value, **inner} if key == "rope_parameters" else inner
+    return found
+
+
+def _vocabularies(tree: dict[str, Any]) -> Iterator[int]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _vocabularies(value)
+        elif key == "vocab_size" and isinstance(value, int):
+            yield value
+
+
+def _one_vocabulary(tree: dict[str, Any], words: int) -> dict[str, Any]:
+    """The parts of nested options with a larger vocabulary, with this one, and their tokens in it."""
+    found: dict[str, Any] = {}
+    if isinstance(mine := tree.get("vocab_size"), int) and mine > words:
+        found = {"vocab_size": words, **token_ids(tree, words)}
+    for key, value in tree.items():
+        if isinstance(value, dict) and (inner := _one_vocabulary(value, words)):
+            found[key] = inner
     return found
 
 

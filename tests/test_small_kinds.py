@@ -13,7 +13,12 @@ from mhc_rewrite.cli.small_repairs import repair_run
 from test_small import Config, Text, Whole
 
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "pictures of convolutions": ({"image_size": 600}, {"image_size": 128}),
+    "pictures of convolutions": ({"image_size": 600}, {"image_size": 64}),
+    "a picture of two sides": ({"image_size": [448, 448], "patch_size": [14, 14]}, {"image_size": [56, 56]}),
+    "a picture in stages": ({"image_size": 224, "patch_size": 4, "depths": [2, 2]}, {"image_size": None}),
+    "channels of a vocoder": ({"upsample_initial_channel": 512}, {"upsample_initial_channel": 128}),
+    "latents that attend to themselves": ({"num_latents": 256, "num_self_attends_per_block": 26},
+                                          {"num_latents": 16, "num_self_attends_per_block": 4}),
     "a side of codes": ({"num_patches": 32, "base_channels": 128}, {"num_patches": 4, "base_channels": 32}),
     "patches in all": ({"num_patches": 256, "patch_size": 16}, {"num_patches": 16}),
     "a picture in a frame": ({"max_img_size": 448, "visual_prompt_size": 96},
@@ -30,6 +35,25 @@ def test_small_fields(kind: str) -> None:
     fields, wanted = FIELDS[kind]
     small = small_fields(Config(**fields))
     assert {name: small.get(name) for name in wanted} == wanted
+
+
+class Fixed(Config):
+    """Has a list of kinds by default, however many layers there are."""
+
+    def __init__(self, num_hidden_layers: int = 9, layers_block_type: list[str] | None = None) -> None:
+        kinds = layers_block_type or ["mamba"] * 5 + ["hybrid"] + ["mamba"] * 3
+        super().__init__(num_hidden_layers=num_hidden_layers, layers_block_type=kinds)
+
+
+class Derived(Fixed):
+    def __init__(self, num_hidden_layers: int = 9, layers_block_type: list[str] | None = None) -> None:
+        super().__init__(num_hidden_layers, layers_block_type or (["a"] * 5 + ["b"] * 99)[:num_hidden_layers])
+
+
+def test_kinds_of_layers_are_as_many_as_layers() -> None:
+    """One of each at least; what the config makes itself is left to it."""
+    assert small_fields(Fixed()) == {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 5 + ["hybrid"]}
+    assert small_fields(Derived()) == {"num_hidden_layers": 6}
 
 
 def test_maps_are_as_large_as_the_pictures_of_a_part() -> None:
@@ -69,6 +93,14 @@ def test_parts_that_hand_on_tokens_have_one_vocabulary() -> None:
     assert repair_run(whole, fields, [message])
     assert fields == {"text": {"vocab_size": 256, "bos_token_id": 1}}
     assert not repair_run(Whole(text=Text(vocab_size=256)), {}, [message])
+
+
+def test_a_token_that_no_option_names_is_in_the_vocabulary() -> None:
+    whole = Whole(text=Text(vocab_size=512, hidden_size=512), other=1)
+    message = "IndexError: index {} is out of bounds for dimension 0 with size 512"
+    fields: dict[str, Any] = {}
+    assert repair_run(whole, fields, [message.format(10784)]) and fields == {"text": {"vocab_size": 10785}}
+    assert not repair_run(whole, {}, [message.format(10**6)])
 
 
 def test_an_error_is_said_whole() -> None:

@@ -201,7 +201,7 @@ class Arguments(Pictures, Sounds):
         """What a model calls its input and nothing else: of the kind that it says it takes."""
         if "audio" in self.modalities and "image" not in self.modalities:
             return [*self.waveform(name, call), *self.features(name, call)]
-        return self.images(name, call)
+        return [*self.images(name, call), *self.tokens("input_ids", call)]
 
     def lengths(self, name: str, call: Call) -> list[Any]:
         if is_packed(name) and "input_features" in call.names:

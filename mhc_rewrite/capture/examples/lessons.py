@@ -51,6 +51,7 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
     for name, shape in _wanted_shapes(given, blamed, str(error)):
         yield -0.9, replace(call, shapes={**call.shapes, name: shape})
     boolean = "bool" in str(error)
+    whole = re.search(r"scalar types: Long, Int; but got", str(error)) is not None
     for name in call.names:
         candidates = supplier.candidates(name, call)
         number = call.choices.get(name, 0) + 1
@@ -60,6 +61,8 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
             fitting = [place for place, one in enumerate(candidates) if isinstance(one, Tensor) and one.dim() == rank]
         elif boolean and isinstance(given[name], Tensor):
             fitting = [place for place, one in enumerate(candidates) if getattr(one, "dtype", None) == torch.bool]
+        elif whole and isinstance(given[name], Tensor) and given[name].is_floating_point():
+            fitting = [place for place, one in enumerate(candidates) if getattr(one, "dtype", None) == torch.long]
         for cost, place in zip((-0.8, -0.4, 0.1), fitting):
             yield cost, replace(call, choices={**call.choices, name: place}, shapes=unshaped)
         if number < len(candidates):

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.capture.examples.arguments import Arguments
+from mhc_rewrite.capture.examples.images import of_images
 from mhc_rewrite.capture.examples.search import search
+from mhc_rewrite.errors import ExampleInputsError
 from test_example_lessons import Sound
 from test_examples import Model, config
 
@@ -140,3 +143,38 @@ def test_a_list_of_maps_is_one() -> None:
     arguments = Arguments(model := Levels())
     found, _ = search(model, arguments.starts(), arguments)
     assert found is not None and [one.dim() for one in found["maps"]] == [4]
+
+
+class Session:
+    pass
+
+
+class Tracker(Model):
+    def forward(self, session: Session, other: Any, input_ids: Any = None) -> Any:
+        return session.of(input_ids)  # type: ignore[attr-defined]
+
+    forward.__annotations__["other"] = "dict | None"
+
+
+def test_what_nobody_can_derive_is_named() -> None:
+    with pytest.raises(ExampleInputsError, match=r"Tracker does not say what it takes. It needs session \(Session\), "):
+        example_call(Tracker(), None)
+
+
+class Stem(nn.Module):
+    """As timm's models are: its first convolution sees what something without weights has made of the picture."""
+
+    default_cfg = {"input_size": (3, 32, 32)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 16, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        assert x.shape[1] == 3
+        return self.conv(F.pixel_unshuffle(x, 2))
+
+
+def test_a_picture_has_the_channels_that_are_stated() -> None:
+    (picture,) = of_images(Stem()) or ()
+    assert picture.shape == (2, 3, 32, 32)

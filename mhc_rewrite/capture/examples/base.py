@@ -44,6 +44,12 @@ class Base:
         """What `name` may be, likeliest first."""
         raise NotImplementedError
 
+    def unknown(self) -> list[str]:
+        """The arguments without a default of which no candidate is known, with the types that they are said to have."""
+        names = [name for name in self.required if not self.candidates(name, Call((name,)))]
+        types = {name: re.sub(r"^<class '(.*)'>$|(?:\w+\.)+", r"\1", self.annotated.get(name, "")) for name in names}
+        return [f"{name} ({types[name].rpartition('.')[2]})" if types[name] else name for name in names]
+
     def length(self, call: Call) -> int:
         if "input_ids" in call.names:
             return int(chosen(self, "input_ids", call).shape[1])

@@ -45,11 +45,14 @@ def _is_known(model: nn.Module) -> bool:
 def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Channels and extents that the model was built with, then those of its weights, then usual ones."""
     config = getattr(model, "default_cfg", None) or {}
-    channels, *usual = config.get("input_size", (3, 224, 224))
+    stated, *usual = config.get("input_size", (3, 224, 224))
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-    if first is not None:
-        channels = first.in_channels
-    if isinstance(first, nn.Conv3d):
+    yield from _of_channels(model, stated if first is None else first.in_channels, usual, isinstance(first, nn.Conv3d))
+    yield stated, *usual  # where that convolution is not what sees the picture
+
+
+def _of_channels(model: nn.Module, channels: int, usual: list[int], clips: bool) -> Iterator[tuple[int, ...]]:
+    if clips:
         yield channels, _FRAMES, 112, 112
         yield channels, 2 * _FRAMES, 224, 224
     built = [getattr(owner, name, None) for owner in (getattr(model, "patch_embed", None), model)

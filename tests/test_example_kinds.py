@@ -178,3 +178,19 @@ class Stem(nn.Module):
 def test_a_picture_has_the_channels_that_are_stated() -> None:
     (picture,) = of_images(Stem()) or ()
     assert picture.shape == (2, 3, 32, 32)
+
+
+def test_a_picture_is_large_where_it_has_to_be() -> None:
+    """timm states the size of its weights; most models take another, and some say that they do not."""
+
+    class Free(Stem):
+        default_cfg = {"input_size": (3, 640, 640)}
+
+    class Fixed(Free):
+        def forward(self, x: Tensor) -> Any:
+            assert x.shape[-1] == 640
+            return super().forward(x)
+
+    for kind, side in ((Free, 320), (Fixed, 640)):
+        (picture,) = of_images(kind()) or ()
+        assert picture.shape == (2, 3, side, side)

@@ -45,6 +45,14 @@ class Fixed(Config):
         super().__init__(num_hidden_layers=num_hidden_layers, layers_block_type=kinds)
 
 
+class Strict(Fixed):
+    """Refuses another number of layers than it has kinds."""
+
+    def __init__(self, num_hidden_layers: int = 9, layers_block_type: list[str] | None = None) -> None:
+        super().__init__(num_hidden_layers, layers_block_type)
+        assert len(self.layers_block_type) == num_hidden_layers
+
+
 class Derived(Fixed):
     def __init__(self, num_hidden_layers: int = 9, layers_block_type: list[str] | None = None) -> None:
         super().__init__(num_hidden_layers, layers_block_type or (["a"] * 5 + ["b"] * 99)[:num_hidden_layers])
@@ -52,7 +60,8 @@ class Derived(Fixed):
 
 def test_kinds_of_layers_are_as_many_as_layers() -> None:
     """One of each at least; what the config makes itself is left to it."""
-    assert small_fields(Fixed()) == {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 5 + ["hybrid"]}
+    for kind in (Fixed, Strict):
+        assert small_fields(kind()) == {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 5 + ["hybrid"]}
     assert small_fields(Derived()) == {"num_hidden_layers": 6}
 
 

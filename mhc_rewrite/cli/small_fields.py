@@ -195,12 +195,13 @@ def _kinds_of_layers(config: Any, fields: Mapping[str, Any], depth: int) -> dict
     """The kinds of the first layers, where the config does not make them from the number of layers."""
     found = {}
     for name, number, kinds in _layer_types(config, fields):
-        try:
-            made = getattr(type(config)(**{number: depth}), name)
-        except Exception:
-            continue
-        if name in fields and len(made) == len(kinds) > depth:
-            found[name] = kinds[:depth]
+        if name in fields and len(kinds) > depth:
+            try:
+                made = len(getattr(type(config)(**{number: depth}), name))
+            except Exception:  # it says that they are not as many
+                made = len(kinds)
+            if made == len(kinds):
+                found[name] = kinds[:depth]
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conftest import define_torchvision_operators
 
+LARGE = 200_000_000
 LIBRARIES = ("transformers", "timm", "torchvision")
 
 
@@ -70,16 +71,34 @@ def builder(library: str, name: str) -> Callable[[], nn.Module]:
 
         return lambda: build(name, {})
     if library == "timm":
-        import timm
-
-        return lambda: timm.create_model(name, pretrained=False).eval()
+        return lambda: _of_timm(name)
     import torchvision
 
-    return lambda: torchvision.models.get_model(name, weights=None, **_no_weights(name)).eval()
+    return lambda: torchvision.models.get_model(name, weights=None, **_options(name)).eval()
 
 
-def _no_weights(name: str) -> dict[str, Any]:
-    return {"weights_backbone": None} if re.search(r"rcnn|retina|fcos|ssd|fcn|deeplab|lraspp", name) else {}
+def _of_timm(name: str) -> nn.Module:
+    """A model of timm, of fewer layers where it is a large one whose constructor lets one choose."""
+    import timm
+
+    with torch.device("meta"):
+        large = sum(p.numel() for p in timm.create_model(name).parameters()) > LARGE
+    if large:
+        try:
+            return timm.create_model(name, depth=4).eval()
+        except TypeError:  # it does not
+            pass
+    return timm.create_model(name).eval()
+
+
+def _options(name: str) -> dict[str, Any]:
+    """No weights; and of detectors that scale their pictures, small ones."""
+    options: dict[str, Any] = {}
+    if re.search(r"rcnn|retina|fcos|ssd|fcn|deeplab|lraspp", name):
+        options["weights_backbone"] = None
+    if re.search(r"rcnn|retina|fcos", name):
+        options |= {"min_size": 96, "max_size": 128}
+    return options
 
 
 def _transformers() -> list[str]:

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from mhc_rewrite.cli.small_fields import HEADS, Heads, part_fields, small_fields
 from mhc_rewrite.cli.small_repairs import repair, repair_run
 
 MAX_PARAMETERS, LARGE = 500_000_000, 100_000_000
-REPAIRS, TRIALS, SECONDS = 6, 14, 5.0
+REPAIRS, TRIALS, SECONDS, ALL_SECONDS = 9, 14, 5.0, 25.0  # the last two for one config, and for all of them
 
 
 def apply_overrides(config: Any, fields: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,10 @@ def build(model_type: str, overrides: Mapping[str, Any]) -> Any:
     failure: Exception | None = None
     built: Any = None
     running: Any = None
+    end = time.monotonic() + ALL_SECONDS
     for shallow, heads in _WAYS:
+        if built is not None and time.monotonic() > end:
+            break
         fields = apply_overrides(default, small_fields(default, shallow=shallow, heads=heads), overrides)
         most = MAX_PARAMETERS if built is None else LARGE
         for _ in range(REPAIRS):
@@ -192,5 +196,7 @@ def auto_classes(config: Any) -> list[Any]:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
+    text = [line.strip() for line in str(error).strip().splitlines()]
+    while len(text) > 1 and text[0].endswith(":"):  # "Class validation error for ...:", and what it is
+        text[:2] = [f"{text[0]} {text[1]}"]
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

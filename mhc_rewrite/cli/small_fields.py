@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
+
 HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, QUERIES = 4, 4, 512, 16, 128, 16
-MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED = 12, 64, 4, 2
+MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED, PATCHES, SIDE_PATCHES = 12, 64, 4, 2, 16, 4
 Heads = int | None | Literal["evenly"]
 
-_LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
+_LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks|attends_per_block)$")
 _SHARED = re.compile(r"kv_shared_layers$")  # whose keys are those of layers before them
 _HEADS = re.compile(r"(^|_)(n_heads?|num_heads|attention_heads)$")
 _KV_HEADS = re.compile(r"(^|_)(key_value_heads|kv_heads|head_kv|kv_n_heads)$")
@@ -34,6 +36,7 @@ _TOKEN_IDS = re.compile(r"_token_(id|index)$")
 _CLIP = re.compile(r"^(num_frames|frames_per_clip)$")
 _TAPPED = re.compile(r"hook_ids$|^out_indices$|feature_layers?$|^intermediate_layers_indices$")
 _STAGES = ("depths", "hidden_sizes")
+_CHANNELS = {"base_channels": 32, "upsample_initial_channel": 128}  # those that are multiplied, or halved, by stages
 _PLACEHOLDERS = re.compile(r"^(image|video|audio)_token_(id|index)$")
 _FIRST_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
@@ -70,8 +73,14 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, EXPERTS)
         elif _VOCABULARY.search(name):
             small[name] = min(value, VOCABULARY)
-        elif name == "num_queries" and shallow:
+        elif name in ("num_queries", "num_latents") and shallow:
             small[name] = min(value, QUERIES)
+        elif name in _CHANNELS and heads is not None:
+            small[name] = min(value, _CHANNELS[name])
+        elif name == "num_patches" and shallow:  # in all, or, where the patch has no size of its own, along a side
+            small[name] = min(value, PATCHES if "patch_size" in fields else SIDE_PATCHES)
+        elif shallow and name in ("max_img_size", "visual_prompt_size"):  # a picture, and its frame
+            small[name] = value // SIDE_PATCHES
         elif name == "max_source_positions" and shallow:
             small[name] = min(value, FRAMES)
         elif shallow and (name.endswith("tokens_per_image") or _CLIP.search(name)):
@@ -79,20 +88,38 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     if fields.get("vocab_size", 0) is None:
         small["vocab_size"] = VOCABULARY
     small |= {name: 2 for name, value in fields.items() if value is None and _EXPERTS_A_TOKEN.search(name)}
-    if shallow and (patch := _patch(fields)):
-        small["image_size"] = min(fields["image_size"], 4 * patch)
+    if shallow and (side := _side(fields.get("image_size"))):
+        patch = _patch(fields)
+        if patch or "patch_size" not in fields:  # of convolutions, any side that can be halved is one
+            side = min(side, 4 * (patch or PATCHES))
+            small["image_size"] = side if isinstance(fields["image_size"], int) else [side, side]
+    if shallow and isinstance(architecture := fields.get("architecture"), str) and "model_args" in fields:
+        small["model_args"] = {**_of_timm(architecture), **(fields["model_args"] or {})} or None
     if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
         small["max_length"] = min(longest, 2 * FRAMES)
     if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
         # A stage of a residual network begins with a projection: three layers leave two adds that follow one another.
         most = 3 if "layer_type" in fields else 2
         small["depths"] = [min(depth, most) for depth in depths]
-    if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):
-        small["per_layer_config"] = {key: value for key, value in of_layers.items() if int(key) < depth}
     if heads is not None:
         counts = {value: small[name] for name, value in _numbers(fields) if _LAYERS.search(name) and name in small}
         for name, value in _narrow_fields(config, fields, heads, factor).items():
             small[name] = value[: counts.get(len(value))] if isinstance(value, list) else value
+    if shallow:
+        small |= _kinds_of_layers(config, fields, depth)
+    if shallow and isinstance(of_layers := fields.get("per_layer_config"), dict):  # what is small now is so in each
+        small["per_layer_config"] = {
+            key: {name: one for name, one in value.items() if name not in small} if isinstance(value, dict) else value
+            for key, value in of_layers.items()
+            if int(key) < depth
+        }
+    for name, value in fields.items():
+        if (
+            name.endswith("feature_sizes")
+            and isinstance(value, (list, tuple))
+            and (ratio := _picture_ratio(parts, small))
+        ):
+            small[name] = [[max(1, round(side * ratio)) for side in size] for size in value]
     for name, value in fields.items():  # numbers of layers whose states are read
         if _TAPPED.search(name) and isinstance(value, (list, tuple)) and max(value, default=0) > LAYERS and shallow:
             small[name] = [layer * LAYERS // (max(value) + 1) for layer in value]
@@ -103,7 +130,7 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
     if heads != "evenly":
         _agree(config, parts, small)
     if words := small.get("vocab_size", _words(small)):
-        small |= _token_ids(fields, words)
+        small |= token_ids(fields, words)
     # What is small already is made as it always is: not all configs take what they give out.
     return {name: value for name, value in small.items() if name not in parts or value != part_fields(parts[name], {})}
 
@@ -113,19 +140,69 @@ def _patch(fields: Mapping[str, Any]) -> int | None:
     patch = fields.get("patch_size", fields.get("tubelet_size"))
     if isinstance(patch, (list, tuple)) and patch:
         patch = patch[-1]
-    whole = isinstance(patch, int) and isinstance(fields.get("image_size"), int)
-    return patch if whole and not any(name in fields for name in _STAGES) else None
+    return patch if isinstance(patch, int) and not any(name in fields for name in _STAGES) else None
+
+
+def _side(size: Any) -> int | None:
+    """The side of a square picture."""
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    return size if isinstance(size, int) else None
+
+
+def _of_timm(architecture: str) -> dict[str, Any]:
+    """What makes a model of timm small, where it is a stack of equal layers on patches of one size."""
+    try:
+        import timm
+
+        with torch.device("meta"):
+            small: dict[str, Any] = {"depth": LAYERS}
+            model: Any = timm.create_model(architecture, **small)
+            small["img_size"] = 4 * model.patch_embed.patch_size[-1]
+            timm.create_model(architecture, **small)
+    except Exception:  # no such options, or no timm
+        return {}
+    return small
+
+
+def _picture_ratio(parts: Mapping[str, Any], small: Mapping[str, Any]) -> float | None:
+    """How much smaller the pictures of a part have become."""
+    for name, part in parts.items():
+        before, after = _side(getattr(part, "image_size", None)), _side(small[name].get("image_size"))
+        if before and after:
+            return after / before
+    return None
 
 
 def _depth(config: Any, fields: Mapping[str, Any]) -> int:
     """How many layers have one of each kind: a hybrid's first layers may all be of one."""
     depth = LAYERS
-    layers = {value for name, value in _numbers(fields) if _LAYERS.search(name)}
+    for _, _, kinds in _layer_types(config, fields):
+        depth = max(depth, *(kinds.index(kind) + 1 for kind in kinds))
+    return min(depth, MOST_LAYERS)
+
+
+def _layer_types(config: Any, fields: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """Options that say of which kind each layer is, with the one that says how many there are."""
+    layers = {value: name for name, value in _numbers(fields) if _LAYERS.search(name)}
     for name in (name for name in dir(config) if _LAYER_TYPES.search(name)):
         kinds = getattr(config, name)
         if isinstance(kinds, (list, tuple)) and len(kinds) in layers and all(isinstance(kind, str) for kind in kinds):
-            depth = max(depth, *(kinds.index(kind) + 1 for kind in kinds))
-    return min(depth, MOST_LAYERS)
+            yield name, layers[len(kinds)], list(kinds)
+
+
+def _kinds_of_layers(config: Any, fields: Mapping[str, Any], depth: int) -> dict[str, list[str]]:
+    """The kinds of the first layers, where the config does not make them from the number of layers."""
+    found = {}
+    for name, number, kinds in _layer_types(config, fields):
+        if name in fields and len(kinds) > depth:
+            try:
+                made = len(getattr(type(config)(**{number: depth}), name))
+            except Exception:  # it says that they are not as many
+                made = len(kinds)
+            if made == len(kinds):
+                found[name] = kinds[:depth]
+    return found
 
 
 def part_fields(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +320,7 @@ def _times(width: int, numerator: int, denominator: int) -> int:
     return int(exact) if exact == int(exact) else max(8, round(exact / 8) * 8)
 
 
-def _token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:
+def token_ids(fields: Mapping[str, Any], words: int) -> dict[str, Any]:
     """Ids of special tokens that lie beyond the smaller vocabulary, brought inside it, each its own."""
     ids: dict[str, Any] = {}
     free = words - 1

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mhc_rewrite.capture.examples.lessons import failing_lines
+from mhc_rewrite.cli.small_fields import token_ids
 
-SMALL = 8
+SMALL, WORDS = 8, 50_000
 _WIDTHS = re.compile(
     r"shapes cannot be multiplied \(\d+x(?P<got>\d+) and (?P<layer>\d+)x\d+\)"
     r"|to have (?P<channels>\d+) channels, but got (?P<gives>\d+) channels"
@@ -81,6 +82,15 @@ def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
             )
             # A width inside the model is a round number; others are inputs'.
             changed = _replaced(options, wanted, got) if got % 32 == 0 else {}
+        elif found := re.search(r"must match except in dimension \d\. Expected size (\d+) but got size (\d+)", message):
+            one, other = int(found[1]), int(found[2])
+            changed = _replaced(options, one, other) or _replaced(options, other, one)
+        elif "index out of range in self" in message:  # a part is given what another one puts out
+            least = min(_vocabularies(options), default=0)
+            changed = _with_vocabulary(options, least, above=least)
+        elif found := re.search(r"index (\d+) is out of bounds for dimension \d with size (\d+)", message):
+            beyond, size = int(found[1]) + 1, int(found[2])  # a token that the code names, and no option
+            changed = _with_vocabulary(options, beyond, only=size) if beyond <= WORDS else {}
         else:
             continue
         fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
@@ -101,8 +111,32 @@ def _replaced(tree: dict[str, Any], old: Any, new: Any) -> dict[str, Any]:
     for key, value in tree.items():
         if (list(value) if isinstance(value, tuple) else value) == old and not isinstance(value, bool):
             found[key] = new
+        elif isinstance(value, (list, tuple)) and any(type(one) is int and one == old for one in value):
+            found[key] = [new if one == old else one for one in value]
         elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
             found[key] = {**value, **inner} if key == "rope_parameters" else inner
+    return found
+
+
+def _vocabularies(tree: dict[str, Any]) -> Iterator[int]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _vocabularies(value)
+        elif key == "vocab_size" and isinstance(value, int):
+            yield value
+
+
+def _with_vocabulary(tree: dict[str, Any], words: int, above: int = -1, only: int | None = None) -> dict[str, Any]:
+    """The parts of nested options with a vocabulary above a number, or of one size only, with this one.
+
+    Their special tokens are in it.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(mine := tree.get("vocab_size"), int) and mine > above and only in (None, mine):
+        found = {"vocab_size": words, **token_ids(tree, words)}
+    for key, value in tree.items():
+        if isinstance(value, dict) and (inner := _with_vocabulary(value, words, above, only)):
+            found[key] = inner
     return found
 
 

@@ -41,6 +41,7 @@ def example_call(
 
 def _derived(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     errors: list[str] = []
+    needs = ""
     if getattr(type(model), "forward", None) is nn.Module.forward:
         parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
         advice = f" Convert what it runs, for instance mhcify(model.{parts[0]})." if parts else ""
@@ -50,12 +51,14 @@ def _derived(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         found, errors = search(model, arguments.starts(), arguments)
         if found is not None:
             return (), found
+        if unknown := arguments.unknown():
+            needs = f" It needs {', '.join(unknown)}, which its config does not tell how to make."
     elif (images := of_images(model)) is not None or (images := _of_torch(model)) is not None:
         return images, {}
     tried = f" What was tried failed, first with: {errors[0].splitlines()[0][:300]}." if errors else ""
     raise ExampleInputsError(
-        f"{type(model).__name__} does not say what it takes.{tried} Pass example inputs for one call, for instance "
-        f"mhcify(model, {{'x': torch.randn(2, 16, 64)}}) for forward(x), or a tuple of positional arguments."
+        f"{type(model).__name__} does not say what it takes.{needs}{tried} Pass example inputs for one call, for "
+        "instance mhcify(model, {'x': torch.randn(2, 16, 64)}) for forward(x), or a tuple of positional arguments."
     )
 
 

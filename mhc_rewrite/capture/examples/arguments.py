@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.capture.examples.base import BATCH, FRAMES, LENGTH, noise
-from mhc_rewrite.capture.examples.calls import Call, random_generator
+from mhc_rewrite.capture.examples.calls import Call, chosen, random_generator
 from mhc_rewrite.capture.examples.pictures import Pictures
-from mhc_rewrite.capture.examples.sounds import Sounds
+from mhc_rewrite.capture.examples.sounds import Sounds, is_packed
 
 
 class Arguments(Pictures, Sounds):
@@ -28,8 +28,6 @@ class Arguments(Pictures, Sounds):
         model, known = self.model, self.known
         main = model.main_input_name
         names = [name for name in ([main] if isinstance(main, str) else main) if name in known]
-        modalities = getattr(model, "input_modalities", ())
-        modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
         if not names and "input_ids" in known:
             names = ["input_ids"]
         names += [name for name in self.required if name not in names]
@@ -37,7 +35,7 @@ class Arguments(Pictures, Sounds):
             names.append("decoder_input_ids")
         base = tuple(dict.fromkeys(names))
         further = {
-            "image": r"^(image_)?pixel_values(_images)?$|^image_grid_\w+$|^flattened_patches$",
+            "image": r"^(image_)?pixel_values(_images)?$|^image_grid_\w+$|^flattened_patches$|^spatial_shapes$",
             "audio": r"^(input_features|input_values|input_audio_features|audio_values|audio_input_features)$",
             "text": r"^input_ids$",
             "time": r"^(past_values|past_time_features|past_observed_mask)$",
@@ -46,7 +44,7 @@ class Arguments(Pictures, Sounds):
         more = [
             name
             for name in known
-            for kind in modalities
+            for kind in self.modalities
             if kind in further and re.search(further[kind], name) and (kind != "video" or not has_image(known))
         ]
         rich = tuple(dict.fromkeys((*base, *more)))
@@ -57,10 +55,12 @@ class Arguments(Pictures, Sounds):
 
     def candidates(self, name: str, call: Call) -> list[Any]:
         """What `name` may be, likeliest first."""
-        for pattern, rule in _RULES:
-            if re.search(pattern, name):
-                return [self._cast(value) for value in rule(self, name, call)]
-        return [self._cast(value) for value in self._as_annotated(name, call)]
+        rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), Arguments._as_annotated)
+        found = [self._cast(value) for value in rule(self, name, call)]
+        if re.match(r"(typing\.)?list\[(torch\.)?Tensor\b", self.annotated.get(name, ""), re.IGNORECASE):
+            # Maps of several sizes: of one size here, since one is enough.
+            return [[value] for value in sorted(found, key=_dimensions, reverse=True)]
+        return found
 
     def _as_annotated(self, name: str, call: Call) -> list[Any]:
         """What has a name that says nothing: by the type that the signature gives it."""
@@ -194,13 +194,29 @@ class Arguments(Pictures, Sounds):
     def frames(self, name: str, call: Call) -> list[Any]:
         return [FRAMES, [1] * BATCH, torch.tensor([1] * BATCH)]
 
+    def merges(self, name: str, call: Call) -> list[Any]:
+        return [torch.tensor([self._merge()] * BATCH)]
+
+    def whatever(self, name: str, call: Call) -> list[Any]:
+        """What a model calls its input and nothing else: of the kind that it says it takes."""
+        if "audio" in self.modalities and "image" not in self.modalities:
+            return [*self.waveform(name, call), *self.features(name, call)]
+        return [*self.images(name, call), *self.tokens("input_ids", call)]
+
     def lengths(self, name: str, call: Call) -> list[Any]:
+        if is_packed(name) and "input_features" in call.names:
+            frames = chosen(self, "input_features", call).shape[-1] // BATCH
+            return [torch.full((BATCH,), frames)]
         return [torch.full((BATCH,), self.length(call)), [self.length(call)] * BATCH]
 
 
 def has_image(known: list[str]) -> bool:
     """Whether a forward takes images too: then videos are left out."""
     return any(re.search(r"^(image_)?pixel_values(_images)?$", name) for name in known)
+
+
+def _dimensions(value: Any) -> int:
+    return value.dim() if isinstance(value, Tensor) else 0
 
 
 _WIDTHS = (
@@ -221,10 +237,12 @@ _RULES: tuple[tuple[str, Callable[[Arguments, str, Call], list[Any]]], ...] = (
     (r"(spatial_shapes|image_sizes|target_sizes)$", Arguments.image_sizes),
     (r"(pixel_position_ids|image_position_ids|pixel_position)$", Arguments.patch_positions),
     (r"^num_frames", Arguments.frames),
+    (r"^merge_sizes$", Arguments.merges),
     (r"(pixel_(attention_)?mask|patch_attention_mask|padding_mask_videos)$", Arguments.pixel_mask),
     (r"^flattened_patches$", Arguments.flattened_patches),
     (r"(pixel_values_videos?|^videos?)$", Arguments.videos),
-    (r"(pixel_values\w*|^images?|^inputs|^image_patches|_frames)$", Arguments.images),
+    (r"(pixel_values\w*|^images?|^image_patches|_frames)$", Arguments.images),
+    (r"^inputs$", Arguments.whatever),
     (r"^visual_|_feats$", Arguments.visual_features),
     (r"^input_(points|labels)$", Arguments.points),
     (r"(features|feature)_?(attention_)?mask$|audio_\w*mask$", Arguments.frame_mask),

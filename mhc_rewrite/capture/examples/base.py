@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.capture.examples.calls import Call, chosen, random_generator
+from mhc_rewrite.capture.examples.calls import BATCH, Call, chosen, random_generator
 from mhc_rewrite.capture.examples.parts import Parts
 
-BATCH, LENGTH = 2, 8
+LENGTH = 8
 FRAMES, GRID, SAMPLES = 2, 4, 2048
 
 _INSTEAD = re.compile(r"embeds$|embeddings$|outputs$|(?<!use_)cache|past_key_values|labels?$(?<!input_labels)")
@@ -32,6 +32,8 @@ class Base:
         self.instead = [p.name for p in plain if p.name not in self.known and not _NEVER.search(p.name)]
         self.required = [p.name for p in plain if p.default is p.empty]
         self.annotated = {p.name: str(p.annotation) for p in plain if p.annotation is not p.empty}
+        modalities = getattr(model, "input_modalities", ())
+        self.modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
         self.parts = Parts(model.config)
         tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device = tensor.device if tensor is not None else torch.device("cpu")
@@ -41,6 +43,12 @@ class Base:
     def candidates(self, name: str, call: Call) -> list[Any]:
         """What `name` may be, likeliest first."""
         raise NotImplementedError
+
+    def unknown(self) -> list[str]:
+        """The arguments without a default of which no candidate is known, with the types that they are said to have."""
+        names = [name for name in self.required if not self.candidates(name, Call((name,)))]
+        types = {name: re.sub(r"^<class '(.*)'>$|(?:\w+\.)+", r"\1", self.annotated.get(name, "")) for name in names}
+        return [f"{name} ({types[name].rpartition('.')[2]})" if types[name] else name for name in names]
 
     def length(self, call: Call) -> int:
         if "input_ids" in call.names:

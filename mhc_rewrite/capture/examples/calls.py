@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+BATCH = 2
+
 
 @dataclass(frozen=True)
 class Call:
@@ -21,6 +23,7 @@ class Call:
         placeholders: how many placeholder tokens each modality has.
         shapes: the shape that an argument has, where no candidate has it.
         below: the number that all whole numbers of an argument lie below, where it is lower than was thought.
+        alone: only the first of the batch is given.
     """
 
     names: tuple[str, ...]
@@ -28,10 +31,11 @@ class Call:
     placeholders: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     below: Mapping[str, int] = field(default_factory=dict)
+    alone: bool = False
 
     def key(self) -> Any:
         learnt = (self.choices, self.placeholders, self.shapes, self.below)
-        return self.names, *(tuple(sorted(one.items())) for one in learnt)
+        return self.names, self.alone, *(tuple(sorted(one.items())) for one in learnt)
 
 
 class Supplier(Protocol):
@@ -54,6 +58,8 @@ def chosen(supplier: Supplier, name: str, call: Call) -> Any:
         value = _in_shape(value, shape)
     if (limit := call.below.get(name)) is not None:
         value = value % limit
+    if call.alone and value.dim() and len(value) == BATCH:
+        value = value[:1]
     return value
 
 

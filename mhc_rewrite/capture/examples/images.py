@@ -12,7 +12,7 @@ from mhc_rewrite.capture.call import as_now
 from mhc_rewrite.capture.examples.calls import random_generator
 from mhc_rewrite.capture.examples.search import attempt
 
-_BATCH, _FRAMES = 2, 8
+_BATCH, _FRAMES, _LARGE = 2, 8, 320
 
 
 def of_images(model: nn.Module) -> tuple[Any, ...] | None:
@@ -45,11 +45,14 @@ def _is_known(model: nn.Module) -> bool:
 def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Channels and extents that the model was built with, then those of its weights, then usual ones."""
     config = getattr(model, "default_cfg", None) or {}
-    channels, *usual = config.get("input_size", (3, 224, 224))
+    stated, *usual = config.get("input_size", (3, 224, 224))
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-    if first is not None:
-        channels = first.in_channels
-    if isinstance(first, nn.Conv3d):
+    for channels in ([first.in_channels] if first is not None else []) + [stated]:
+        yield from _of_channels(model, channels, usual, isinstance(first, nn.Conv3d))
+
+
+def _of_channels(model: nn.Module, channels: int, usual: list[int], clips: bool) -> Iterator[tuple[int, ...]]:
+    if clips:
         yield channels, _FRAMES, 112, 112
         yield channels, 2 * _FRAMES, 224, 224
     built = [getattr(owner, name, None) for owner in (getattr(model, "patch_embed", None), model)
@@ -59,6 +62,8 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
             yield channels, size, size
         elif isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(extent, int) for extent in size):
             yield channels, *size
+    if usual[0] > _LARGE:
+        yield channels, _LARGE, _LARGE
     yield channels, *usual
     for extent in (64, 224, 256, 299):
         yield channels, extent, extent

@@ -30,20 +30,28 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
         if unwanted[1] in call.names:
             yield -1.0, replace(call, names=tuple(name for name in call.names if name != unwanted[1]))
             return
-    named, unset = _named(str(error), call, supplier), [*_none_in_frames(error, call, supplier, supplier.known)]
+    named, spare = _named(str(error), call, supplier)
+    unset = [*_none_in_frames(error, call, supplier, supplier.known)]
     about_none = "None" in str(error)
     if about_none and not (named or unset):
         unset = [*_none_in_frames(error, call, supplier, supplier.instead)]
-    missing = dict.fromkeys([*named, *sorted(unset, key=lambda name: name == "attention_mask")])
+    missing = dict.fromkeys([*named, *sorted(unset, key=lambda name: name == "attention_mask"), *spare])
     for place, name in enumerate(missing):
-        likely = about_none or name in named  # what else is None there may well be left out
-        yield place - 1.0 if likely else 0.3 + place / 10, replace(call, names=(*call.names, name))
+        likely = name in named or (about_none and name not in spare)  # what else is None there may well be left out
+        cost, names = place / 10 + (-0.5 if name in spare else 0.3), (*call.names, name)
+        cost = place - 1.0 if likely else cost
+        yield cost, replace(call, names=names)
+        if call.shapes:  # learnt without it: there may be a candidate that goes with it
+            yield cost + 0.1, replace(call, names=names, shapes={})
+    if (viewed := _viewed(error)) is not None and viewed[0][0] > 1 and viewed[0][0] * viewed[1] == math.prod(viewed[0]):
+        yield -1.0, replace(call, alone=True)  # it has lost its batch, which goes well where that is one
     blamed = _blamed(given, error)
     for name, number in _beyond(given, error):
         yield -1.0, replace(call, below={**call.below, name: number})
     for name, shape in _wanted_shapes(given, blamed, str(error)):
         yield -0.9, replace(call, shapes={**call.shapes, name: shape})
     boolean = "bool" in str(error)
+    whole = re.search(r"scalar types: Long, Int; but got", str(error)) is not None
     for name in call.names:
         candidates = supplier.candidates(name, call)
         number = call.choices.get(name, 0) + 1
@@ -53,6 +61,8 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
             fitting = [place for place, one in enumerate(candidates) if isinstance(one, Tensor) and one.dim() == rank]
         elif boolean and isinstance(given[name], Tensor):
             fitting = [place for place, one in enumerate(candidates) if getattr(one, "dtype", None) == torch.bool]
+        elif whole and isinstance(given[name], Tensor) and given[name].is_floating_point():
+            fitting = [place for place, one in enumerate(candidates) if getattr(one, "dtype", None) == torch.long]
         for cost, place in zip((-0.8, -0.4, 0.1), fitting):
             yield cost, replace(call, choices={**call.choices, name: place}, shapes=unshaped)
         if number < len(candidates):
@@ -83,8 +93,8 @@ def _suppliable(name: str, call: Call, supplier: Supplier) -> bool:
     return name not in call.names and bool(supplier.candidates(name, call))
 
 
-def _named(message: str, call: Call, supplier: Supplier) -> list[str]:
-    """Arguments that the message names and the call lacks; none where it has one of those named."""
+def _named(message: str, call: Call, supplier: Supplier) -> tuple[list[str], list[str]]:
+    """Arguments that the message names and the call lacks; and those that it names as another way."""
     words = dict.fromkeys(re.findall(r"[A-Za-z_]\w*", message))
     named = [word for word in words if word in supplier.known]
     missing = [name for name in named if _suppliable(name, call, supplier)]
@@ -92,7 +102,7 @@ def _named(message: str, call: Call, supplier: Supplier) -> list[str]:
         switches = (f"use_{word.lower()}" for word in words)
         missing = [name for name in switches if name in supplier.known and _suppliable(name, call, supplier)]
     # "either input_ids or inputs_embeds": one of them is enough, and the first is the usual one.
-    return missing[:1] if " or " in message else missing
+    return (missing[:1], missing[1:]) if " or " in message else (missing, [])
 
 
 def _none_in_frames(error: Exception, call: Call, supplier: Supplier, names: list[str]) -> Iterator[str]:
@@ -193,11 +203,22 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
                 if got_size in shape[1:]:
                     axis = shape.index(got_size, 1)
                     yield name, (*shape[:axis], size, *shape[axis + 1 :])
+    elif (viewed := _viewed(message)) is not None:
+        size, times = viewed[1], math.prod(viewed[0]) // viewed[1] if viewed[1] else 0
+        for name, shape in shapes.items():  # as many states as a map has places
+            if len(shape) == 3 and math.prod(shape) == size and times * size == math.prod(viewed[0]) > 0:
+                yield name, (shape[0], shape[1] * times, shape[2])
     elif found := re.search(r"shape `?\(batch_size, (\d+)\).*\[\d+, (\d+)\]", message):  # patches, in all
         scale = math.isqrt(int(found[1]) // max(1, int(found[2])))
         for name, shape in shapes.items():
             if len(shape) == 4 and scale > 1 and scale**2 * int(found[2]) == int(found[1]):
                 yield name, (*shape[:2], scale * shape[2], scale * shape[3])
+
+
+def _viewed(message: object) -> tuple[tuple[int, ...], int] | None:
+    """The shape that something was to be viewed in, and how many elements it has."""
+    found = re.search(r"shape '\[([\d, ]+)\]' is invalid for input of size (\d+)", str(message))
+    return None if found is None else (tuple(map(int, found[1].split(","))), int(found[2]))
 
 
 def _with_channels(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:

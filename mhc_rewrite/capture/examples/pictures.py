@@ -11,6 +11,8 @@ from torch import Tensor
 from mhc_rewrite.capture.examples.base import BATCH, FRAMES, GRID, LENGTH, Base, noise
 from mhc_rewrite.capture.examples.calls import Call
 
+_PICTURE_SIZES = ("image_size", "img_size", "input_size")
+
 
 class Pictures(Base):
     """Arguments about what is seen."""
@@ -18,7 +20,7 @@ class Pictures(Base):
     def _sizes(self, name: str, call: Call) -> list[tuple[int, int]]:
         """Sizes of pictures: those that the config states, and small ones, first where nothing depends on the size."""
         stated: list[tuple[int, int]] = []
-        sizes = self.parts.every("image", "image_size", "img_size", "input_size")
+        sizes = self.parts.every("image", *_PICTURE_SIZES)
         if prefix := name.removesuffix("pixel_values"):  # high_res_pixel_values: of high_res_vision_config
             own = [getattr(part, "image_size", None) for named, part in self.parts.named if named.startswith(prefix)]
             sizes = [*own, *sizes]
@@ -43,7 +45,9 @@ class Pictures(Base):
         return self.parts.number("image", "num_channels", "in_channels", "in_chans", "image_num_channels", default=3)
 
     def _merge(self) -> int:
-        return self.parts.number("image", "spatial_merge_size", "merge_size", "merge_kernel_size", default=2)
+        return self.parts.number(
+            "image", "spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size", default=2
+        )
 
     def _grid(self) -> tuple[int, int]:
         merge = self._merge()
@@ -73,7 +77,9 @@ class Pictures(Base):
         tiles = self.parts.number("image", "max_num_tiles", default=1)
         tiled = [noise(BATCH, 1, tiles, channels, *size) for size in sizes]
         clips = self.videos(name, call)
-        if any(re.search(r"grid|pixel_position_ids|image_position_ids", n) for n in call.names):
+        if any(re.search(r"pixel_position_ids|image_position_ids", n) for n in call.names):
+            return [*padded, *as_patches, *flat]
+        if any("grid" in n for n in call.names):
             return [*as_patches, *padded, *flat]
         if "target_sizes" in call.names:  # the patches of all pictures side by side
             return [noise(1, channels, patch, BATCH * height * width * patch), *as_patches, *flat]
@@ -84,7 +90,10 @@ class Pictures(Base):
         if self.parts.look("image", "num_frames") and not self.parts.look("image", "image_size_videos"):
             frames = self.parts.number("video", "num_frames", default=FRAMES)
             return [*clips, *(noise(BATCH * frames, channels, *size) for size in sizes), *flat, *several]
-        return [*flat, *several, *tiled, *as_patches, *padded, *clips[:1]]
+        boxes: list[Any] = []
+        if not self.parts.look("image", *_PICTURE_SIZES) and hasattr(self.parts.config, "temporal_patch_size"):
+            boxes = [noise(BATCH * height * width, self.parts.config.temporal_patch_size, patch, patch, channels)]
+        return [*flat, *boxes, *several, *tiled, *as_patches, *padded, *clips[:1]]
 
     def videos(self, name: str, call: Call) -> list[Any]:
         channels, sizes = self._channels(), self._sizes(name, call)
@@ -114,7 +123,10 @@ class Pictures(Base):
         masks = [torch.ones(BATCH, *size, dtype=torch.long) for size in self._sizes(name, call)]
         several = [torch.ones(BATCH, 1, *size, dtype=torch.bool) for size in self._sizes(name, call)]
         tiles = torch.ones(BATCH, 1, dtype=torch.bool)
-        return [*masks, torch.ones(BATCH, height * width, dtype=torch.long), *several, tiles]
+        of_patches = torch.ones(BATCH, height * width, dtype=torch.long)
+        if "spatial_shapes" in call.names:
+            return [of_patches, *masks]
+        return [*masks, of_patches, *several, tiles]
 
     def patch_positions(self, name: str, call: Call) -> list[Any]:
         height, width = self._grid()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
 from mhc_rewrite.capture.examples.base import BATCH, LENGTH, SAMPLES, Base, noise
 from mhc_rewrite.capture.examples.calls import Call, random_generator
+
+
+def is_packed(name: str) -> bool:
+    """Whether an argument says where one sound ends in features of all of them, one after the other."""
+    return re.search(r"^feature_(lens|lengths)$", name) is not None
 
 
 class Sounds(Base):
@@ -26,6 +32,8 @@ class Sounds(Base):
         if (width := self.first_width("audio|speech|encoder")) not in (None, bins):
             last += [noise(BATCH, length, width) for length in lengths[1:3]]
         stacked = [noise(BATCH, 1, length, bins) for length in lengths[1:3]]
+        if any(is_packed(other) for other in call.names):
+            return [noise(bins, BATCH * length) for length in (64, 2 * positions)]
         spec = self.parts.number("audio", "spec_size", default=0)
         if spec:
             stacked.insert(0, noise(BATCH, 1, 4 * spec, bins))

@@ -40,6 +40,7 @@ from mhc_rewrite.passes.link_streams import (
 )
 from mhc_rewrite.passes.same_site import Known, SiteKey
 from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan
+from mhc_rewrite.torch_private import has_hooks
 
 # How many modules an error proposes to exclude.
 _MANY = 8
@@ -61,6 +62,19 @@ class Analysis:
     plan: RewritePlan
     carriers: dict[str, CarrierWiring]
     captures: Captures
+
+
+def unheard(model: nn.Module, carriers: dict[str, CarrierWiring]) -> str | None:
+    """The forward hooks that do not run since their module is captured as a part of another, as a sentence."""
+    for name, wiring in carriers.items():
+        hooked = next((part for part in sorted(wiring.inlined) if has_hooks(model.get_submodule(part))), None)
+        if hooked is not None:
+            out = f" Leave these residual adds out, with exclude=({name!r},)." if name and len(carriers) > 1 else ""
+            return (
+                f"Forward hooks on {hooked!r} do not run: it is captured as a part of {name or 'the model'!r}, whose "
+                f"own forward adds to the same residual stream. What they collect stays empty, hidden states say.{out}"
+            )
+    return None
 
 
 def analyse(

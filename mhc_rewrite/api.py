@@ -13,7 +13,7 @@ from torch import nn
 from mhc_rewrite.capture.call import describe
 from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.config import MHCConfig
-from mhc_rewrite.conversion.analysis import Analysis, analyse
+from mhc_rewrite.conversion.analysis import Analysis, analyse, unheard
 from mhc_rewrite.conversion.converted import Conversion, find_converted, forget, remember, site_at, sites_in_use
 from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
@@ -93,7 +93,12 @@ def mhcify(
                 "make it from that."
             )
         compared = verify(
-            model, before, after, values=chosen.init == "preserve", again=lambda: observe(model, args, kwargs)
+            model,
+            before,
+            after,
+            values=chosen.init == "preserve",
+            again=lambda: observe(model, args, kwargs),
+            cause=unheard(model, analysis.carriers),
         )
     except BaseException:
         uninstall(model)

@@ -354,8 +354,9 @@ A model counts as *exact* if the converted one equals the original in evaluation
 up to {start:.0e}), and if with every site's parameters perturbed at random it equals an n-stream model (outputs, and
 gradients of the sites; up to {perturbed:.0e}) that the sweep makes from the original's recorded torch calls without the
 package. Where that model's own rule does not apply, the column *perturbed* has a dash, and the last column says why:
-there only the start was compared. Inputs are the package's own guess. *adds* are those that the sweep counts by its own
-rule, in one call: layers that are called again count again, and skips over whole stages count too.
+there only the start was compared. A model that is off by more, and moves as much when the last digits of its parameters
+do, is held to that, and the last column says so. Inputs are the package's own guess. *adds* are those that the sweep
+counts by its own rule, in one call: layers that are called again count again, and skips over whole stages count too.
 
 """
 

@@ -9,6 +9,7 @@ traced, no module is looked into, and nothing of the original is changed.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,7 +197,9 @@ class Run(TorchFunctionMode):
         if op.name not in _ADD or len(op.inputs) != 2 or len(op.outputs) != 1 or op.inputs[0] == op.inputs[1]:
             return None
         left, right = op.inputs
-        if self.shapes[left] != self.shapes[right] or not (self.floats[left] and self.floats[right]):
+        if _without_ones(self.shapes[left]) != _without_ones(self.shapes[right]) or not (
+            self.floats[left] and self.floats[right]
+        ):
             return None
         for trunk, branch in ((left, right), (right, left)):
             chain = self._near(trunk, found)
@@ -467,6 +470,7 @@ class _Replay:
         y = self.read(residual.branches[0])
         for branch in residual.branches[1:]:
             y = y + self.read(branch)
+        y = y.reshape(self.streams[residual.trunk][0].shape)
         new = oracle.apply(torch.stack(self.streams[residual.trunk], dim), y, H_post, H_res, axis)
         self.streams[residual.sum] = [one.clone() for one in new.unbind(dim)]  # some are changed in place
 
@@ -475,6 +479,11 @@ def _axis(site: Any, trunk: Tensor) -> int:
     """Where the features are at one site: a stream may go from images to tokens and back."""
     axis: int = site.channel_dim
     return axis if trunk.shape[axis] == site.width else -1 if axis == 1 else 1
+
+
+def _without_ones(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without leading axes of size 1, which one operand of a sum may lack."""
+    return tuple(itertools.dropwhile(lambda size: size == 1, shape))
 
 
 def _stream_dim(channel_dim: int) -> int:

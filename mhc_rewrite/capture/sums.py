@@ -8,6 +8,7 @@ like another tensor, as what reads that one's shape.
     x.index_add(0, rows, y)              torch.add(x, torch.zeros_like(x).index_add(0, rows, y))
     torch.add(x, y, out=z)               z.copy_(torch.add(x, y))
     torch.add(x, y).view_as(z)           torch.add(x, y).view(z.shape)
+    x + y, where y lacks leading axes    torch.add(x, y.unsqueeze(0)), as long as these are of size 1
 
 So whoever looks for residual adds has to know `add` alone. Only what could be a residual add is spelled out: where the
 sum has the shape of the tensor that is added to, and is floating.
@@ -142,6 +143,9 @@ class Sums:
             rest = {key: item for key, item in kwargs.items() if key != "out"}
             inner = self._plain(target, name, False, args, rest) or (lambda: target(*args, **rest))
             return lambda: kwargs["out"].copy_(inner())
+        if name in vocabulary.ADD:
+            given = _bound(("input", "other"), args, kwargs)
+            return _of_one_rank(given, self.real(given), in_place or name == "iadd")
         if name in _DIFFERENCES:
             given = _bound(("input", "other"), args, kwargs)
             return _difference(given, self.real(given), in_place, _DIFFERENCES[name])
@@ -214,6 +218,23 @@ def _alike(left: Any, right: Any) -> bool:
     """Whether two are floating tensors of one shape."""
     return (isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape
             and vocabulary.is_feature(left.dtype) and vocabulary.is_feature(right.dtype))  # fmt: skip
+
+
+def _of_one_rank(given: dict[str, Any], values: dict[str, Any], in_place: bool) -> Plain | None:
+    left, right = values.get("input"), values.get("other")
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.dim() == right.dim():
+        return None
+    longer, shorter = ("input", "other") if left.dim() > right.dim() else ("other", "input")
+    missing = values[longer].dim() - values[shorter].dim()
+    if not _alike(values[longer][(0,) * missing], values[shorter]) or values[longer].shape[:missing].numel() != 1:
+        return None
+
+    def summed() -> Any:
+        assert all(given[longer].shape[axis] == 1 for axis in range(missing))  # guards, where it is captured
+        same = {**given, shorter: given[shorter][(None,) * missing]}
+        return same.pop("input").add_(**same) if in_place else torch.add(**same)
+
+    return summed
 
 
 def _difference(given: dict[str, Any], values: dict[str, Any], in_place: bool, turned: bool) -> Plain | None:

@@ -40,6 +40,7 @@ from mhc_rewrite.passes.link_streams import (
 )
 from mhc_rewrite.passes.same_site import Known, SiteKey
 from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan
+from mhc_rewrite.torch_private import has_hooks
 
 # How many modules an error proposes to exclude.
 _MANY = 8
@@ -61,6 +62,19 @@ class Analysis:
     plan: RewritePlan
     carriers: dict[str, CarrierWiring]
     captures: Captures
+
+
+def unheard(model: nn.Module, carriers: dict[str, CarrierWiring]) -> str | None:
+    """The forward hooks that do not run since their module is captured as a part of another, as a sentence."""
+    for name, wiring in carriers.items():
+        hooked = next((part for part in sorted(wiring.inlined) if has_hooks(model.get_submodule(part))), None)
+        if hooked is not None:
+            out = f" Leave these residual adds out, with exclude=({name!r},)." if name and len(carriers) > 1 else ""
+            return (
+                f"Forward hooks on {hooked!r} do not run: it is captured as a part of {name or 'the model'!r}, whose "
+                f"own forward adds to the same residual stream. What they collect stays empty, hidden states say.{out}"
+            )
+    return None
 
 
 def analyse(
@@ -177,10 +191,14 @@ def _capture_and_link(
     config: MHCConfig,
     runs: list[Recording],
 ) -> tuple[Captures, list[Mode]]:
-    """Captures the carriers and links their streams; a parent whose own code changes a trunk is captured with them."""
+    """Captures the carriers and links their streams; a parent whose own code changes a trunk is captured with them.
+
+    Where a forward can't be captured, the carriers inside it are, without the adds whose blocks run through it.
+    """
     parents: frozenset[str] = frozenset()
+    barred: dict[str, str] = {}
     while True:
-        chosen = [find_carriers(recording, config.min_sites, parents) for recording in runs]
+        chosen = [find_carriers(recording, config.min_sites, parents, barred) for recording in runs]
         names = [
             {recording.calls[carrier.call].name for carrier in carriers}
             for recording, (carriers, _) in zip(runs, chosen, strict=True)
@@ -196,10 +214,21 @@ def _capture_and_link(
                 inlined.setdefault(recording.calls[carrier.call].name, set()).update(carrier.inlined)
         captures = Captures(model, inlined)
         modes = []
-        for training, recording, (carriers, rejected) in zip((False, True), runs, chosen, strict=False):
-            captures.collect(args, kwargs, training)
-            calls = [recording.calls[carrier.call] for carrier in carriers]
-            modes.append(_link(recording, calls, captures, rejected, config, training))
+        try:
+            for training, recording, (carriers, rejected) in zip((False, True), runs, chosen, strict=False):
+                captures.collect(args, kwargs, training)
+                calls = [recording.calls[carrier.call] for carrier in carriers]
+                modes.append(_link(recording, calls, captures, rejected, config, training))
+        except CaptureError as error:
+            without = {**barred, error.module: str(error)}
+            inside = [find_carriers(recording, config.min_sites, parents, without)[0] for recording in runs]
+            if not any(
+                recording.calls[carrier.call].name.startswith(error.module + "." if error.module else "")
+                for recording, carriers in zip(runs, inside, strict=True) for carrier in carriers
+            ) or error.module in parents or error.module in barred:  # fmt: skip
+                raise
+            barred = without
+            continue
         modes = _settle(modes, captures, config)
         further = frozenset(ending.parent for mode in modes for ending in mode.endings) - parents
         if not further or not _can_capture(captures, args, kwargs, further, inlined, modes):

@@ -7,7 +7,7 @@ of find_residuals, on the graphs of the modules that this pass names.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,11 +52,11 @@ class _Candidate:
 
 
 def find_carriers(
-    recording: Recording, min_sites: int, parents: frozenset[str] = frozenset()
+    recording: Recording, min_sites: int, parents: frozenset[str] = frozenset(), barred: Mapping[str, str] | None = None
 ) -> tuple[list[Carrier], list[Rejection]]:
     """The carriers, outermost only and in the order of their calls, and the adds that can't be sites.
 
-    Modules named in `parents` are captured with all carriers inside them.
+    Modules named in `parents` are captured with all carriers inside them; those in `barred` can't be, for a reason.
     """
     candidates, rejections = _find_candidates(recording)
     for number in _recurrences(recording, candidates):
@@ -71,6 +71,10 @@ def find_carriers(
             rejections.append(_reject(recording, candidate.operation, *too_short(len(chains[number]), min_sites)))
             continue
         home = _home(recording, candidate)
+        if barred and (why := barred.get(recording.calls[home].name)) is not None:
+            rejections.append(_reject(recording, candidate.operation, "block-not-captured",
+                f"its block runs through a forward that can't be captured: {why}"))  # fmt: skip
+            continue
         # A block that hands its trunk on beside its result, to be added by the next block, hides it in a tuple.
         handing = [call for call, values in passing.items() if values & candidate.reach and call > home]
         homes += [(home, call) for call in (candidate.operation.call, *handing) if home in recording.ancestry(call)]

@@ -49,14 +49,14 @@ def builder(library: str, name: str) -> Callable[[], nn.Module]:
 
 
 def _of_timm(name: str) -> nn.Module:
-    """A model of timm, of fewer layers where it is a large one whose constructor lets one choose."""
+    """A model of timm, of fewer layers and for small pictures where it is a large one that lets one choose."""
     import timm
 
     with torch.device("meta"):
         large = sum(p.numel() for p in timm.create_model(name).parameters()) > LARGE
     if large:
         try:
-            return timm.create_model(name, depth=4).eval()
+            return timm.create_model(name, depth=4, img_size=112).eval()
         except TypeError:  # it does not
             pass
     return timm.create_model(name).eval()

@@ -107,6 +107,26 @@ class Levels(Seen):
         return torch.stack([hidden_states.transpose(1, 2).reshape(size) for _ in maps]).sum() + queries.sum()
 
 
+class Long(Sound):
+    """Many samples make a frame."""
+
+    main_input_name = "hidden_states"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(*(nn.Conv1d(1, 1, 8, 8) for _ in range(3)))
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return self.down(hidden_states)
+
+
+class Which(Model):
+    """A number that is looked up in a table."""
+
+    def forward(self, input_ids: Tensor, freq: Tensor) -> Any:
+        return self.embed(input_ids) + self.embed(freq)[:, None]
+
+
 class OneAtATime(Model):
     """Forgets that there is a batch."""
 
@@ -122,6 +142,8 @@ KINDS: dict[type[Model], dict[str, Any]] = {
     Packed: {"input_features": (20, 128), "feature_lens": (2,)},
     Waves: {"inputs": (2, 2048)},
     Levels: {"queries": None, "maps": None, "hidden_states": (2, 64, 16)},
+    Long: {"hidden_states": (2, 1, 2048)},
+    Which: {"input_ids": (2, 8), "freq": (2,)},
     OneAtATime: {"input_ids": (1, 8)},
 }
 

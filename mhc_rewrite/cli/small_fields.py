@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, QUERIES = 4, 4, 512, 16, 128, 16
-MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED, PATCHES, SIDE_PATCHES = 12, 64, 4, 2, 16, 4
+MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED, PATCHES, SIDE_PATCHES, FILTERS = 12, 64, 4, 2, 16, 4, 8
 Heads = int | None | Literal["evenly"]
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks|attends_per_block)$")
@@ -75,6 +75,8 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, VOCABULARY)
         elif name in ("num_queries", "num_latents") and shallow:
             small[name] = min(value, QUERIES)
+        elif name == "num_filters" and "depths" in fields and heads is not None:
+            small[name] = min(value, FILTERS)  # doubled by each of many stages
         elif name in _CHANNELS and heads is not None:
             small[name] = min(value, _CHANNELS[name])
         elif name == "num_patches" and shallow:  # in all, or, where the patch has no size of its own, along a side

@@ -85,6 +85,8 @@ def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
         elif found := re.search(r"must match except in dimension \d\. Expected size (\d+) but got size (\d+)", message):
             one, other = int(found[1]), int(found[2])
             changed = _replaced(options, one, other) or _replaced(options, other, one)
+        elif found := re.search(r"`(\w+)` argument in the config, or it is not set", message):
+            changed = _set(options, found[1])
         elif "index out of range in self" in message:  # a part is given what another one puts out
             least = min(_vocabularies(options), default=0)
             changed = _with_vocabulary(options, least, above=least)
@@ -115,6 +117,15 @@ def _replaced(tree: dict[str, Any], old: Any, new: Any) -> dict[str, Any]:
             found[key] = [new if one == old else one for one in value]
         elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
             found[key] = {**value, **inner} if key == "rope_parameters" else inner
+    return found
+
+
+def _set(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """The parts of nested options that leave one open, with a value for it."""
+    found: dict[str, Any] = {name: SMALL} if name in tree and tree[name] is None else {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and (inner := _set(value, name)):
+            found[key] = inner
     return found
 
 

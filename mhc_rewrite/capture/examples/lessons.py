@@ -184,6 +184,10 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
         for name, shape in shapes.items():
             if int(found[1]) in shape[-2:]:
                 yield name, (*shape[:-2], int(found[2]), int(found[2]))
+    elif "Kernel size can't be greater than actual input size" in message:
+        for name in blamed or shapes:  # of a sound, many samples make a frame
+            if len(shape := shapes.get(name, ())) == 3:
+                yield name, (*shape[:2], 16 * shape[2])
     elif found := re.search(r"size (\d+)x(\d+) is too small", message):
         for name, shape in shapes.items():
             if shape[-2:] == (int(found[1]), int(found[2])):

@@ -213,6 +213,15 @@ def test_a_picture_is_large_where_it_has_to_be() -> None:
             assert x.shape[-1] == 640
             return super().forward(x)
 
-    for kind, side in ((Free, 320), (Fixed, 640)):
+    class Built(Fixed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.ModuleDict({"embed": nn.Identity()})
+            self.trunk["embed"].img_size = (48, 48)
+
+        def forward(self, x: Tensor) -> Any:
+            return Stem.forward(self, x)
+
+    for kind, side in ((Free, 320), (Fixed, 640), (Built, 48)):
         (picture,) = of_images(kind()) or ()
         assert picture.shape == (2, 3, side, side)

@@ -9,7 +9,7 @@ import torch
 
 from mhc_rewrite.cli.small import _first_line
 from mhc_rewrite.cli.small_fields import small_fields
-from mhc_rewrite.cli.small_repairs import repair_run
+from mhc_rewrite.cli.small_repairs import repair, repair_run
 from test_small import Config, Text, Whole
 
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -21,6 +21,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                                           {"num_latents": 16, "num_self_attends_per_block": 4}),
     "filters that many stages double": ({"num_filters": 32, "depths": [3, 3, 8]}, {"num_filters": 8}),
     "filters": ({"num_filters": 32}, {"num_filters": None}),
+    "stages that are scaled": ({"depth_coefficient": 3.1}, {"depth_coefficient": 1.0}),
     "a side of codes": ({"num_patches": 32, "base_channels": 128}, {"num_patches": 4, "base_channels": 32}),
     "patches in all": ({"num_patches": 256, "patch_size": 16}, {"num_patches": 16}),
     "a picture in a frame": ({"max_img_size": 448, "visual_prompt_size": 96},
@@ -65,6 +66,15 @@ def test_kinds_of_layers_are_as_many_as_layers() -> None:
     for kind in (Fixed, Strict):
         assert small_fields(kind()) == {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 5 + ["hybrid"]}
     assert small_fields(Derived()) == {"num_hidden_layers": 6}
+
+
+def test_layers_that_share_weights_are_two() -> None:
+    """The error names no option; a second time it has nothing to mend."""
+    error = ValueError("There is an issue with your definition of `tie_weights_keys` for layers.2")
+    config, fields = Fixed(num_hidden_layers=9), {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 6}
+    assert repair(config, fields, error)
+    assert fields == {"num_hidden_layers": 9, "layers_block_type": ["mamba"] * 5 + ["hybrid"] + ["mamba"] * 3}
+    assert not repair(config, fields, error)
 
 
 def test_maps_are_as_large_as_the_pictures_of_a_part() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mhc_rewrite.capture.examples.lessons import failing_lines
-from mhc_rewrite.cli.small_fields import token_ids
+from mhc_rewrite.cli.small_fields import more_layers, token_ids
 
 SMALL, WORDS = 8, 50_000
 _WIDTHS = re.compile(
@@ -26,6 +26,11 @@ def repair(default: Any, fields: dict[str, Any], error: Exception) -> bool:
     if found := re.search(r"\b(\w+) must match (\w+)", str(error)):
         changed = _alike(values, found[1], found[2])
         fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
+        return bool(changed)
+    if "tie_weights_keys" in str(error):  # a layer's weights are another's of its kind, and there is one of it
+        deeper = dict(more_layers(default))
+        changed = {name: value for name, value in deeper.items() if fields.get(name, value) != value}
+        fields |= deeper if changed else {}
         return bool(changed)
     changes = {name: SMALL for name in re.findall(r"`(\w+)`", str(error)) if name in values and values[name] is None}
     if not changes:

@@ -127,6 +127,17 @@ class Which(Model):
         return self.embed(input_ids) + self.embed(freq)[:, None]
 
 
+class Several(Model):
+    """Compares what it is given, and takes the last with any of the others."""
+
+    def forward(self, input_ids: Any = None, bbox: Any = None, xpath_tags_seq: Any = None) -> Any:
+        if sum(x is not None for x in (input_ids, bbox, xpath_tags_seq)) < 2:
+            raise ValueError("At least two of input_ids, bbox, or xpath_tags_seq must be provided")
+        if xpath_tags_seq is None:
+            raise AttributeError("'Output' object has no attribute 'states'")
+        return self.embed(input_ids)
+
+
 class OneAtATime(Model):
     """Forgets that there is a batch."""
 
@@ -144,6 +155,7 @@ KINDS: dict[type[Model], dict[str, Any]] = {
     Levels: {"queries": None, "maps": None, "hidden_states": (2, 64, 16)},
     Long: {"hidden_states": (2, 1, 2048)},
     Which: {"input_ids": (2, 8), "freq": (2,)},
+    Several: {"input_ids": (2, 8), "bbox": (2, 8, 4), "xpath_tags_seq": (2, 8, 8)},
     OneAtATime: {"input_ids": (1, 8)},
 }
 

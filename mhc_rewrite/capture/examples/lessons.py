@@ -31,6 +31,8 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
             yield -1.0, replace(call, names=tuple(name for name in call.names if name != unwanted[1]))
             return
     named, spare = _named(str(error), call, supplier)
+    if spare and re.search(r"\bat least (two|three)\b", str(error), re.IGNORECASE):
+        yield -1.5, replace(call, names=(*call.names, *named, *spare))
     unset = [*_none_in_frames(error, call, supplier, supplier.known)]
     about_none = "None" in str(error)
     if about_none and not (named or unset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ def prepare(libraries: tuple[str, ...]) -> None:
 
         define_torchvision_operators.library.impl("nms", _nms, "CPU")  # type: ignore[attr-defined]
         torchvision.ops.boxes._assert_has_ops = lambda: None
+        align = importlib.import_module("torchvision.ops.roi_align")
+        align._roi_align = align._roi_align.__wrapped__  # else it is compiled, for half a minute
     if "transformers" in libraries:
         import transformers
 
@@ -77,12 +80,14 @@ def _of_timm(name: str) -> nn.Module:
 
 
 def _options(name: str) -> dict[str, Any]:
-    """No weights; and of detectors that scale their pictures, small ones."""
+    """No weights; and of detectors that scale their pictures, small ones, in which they look at few boxes."""
     options: dict[str, Any] = {}
     if re.search(r"rcnn|retina|fcos|ssd|fcn|deeplab|lraspp", name):
         options["weights_backbone"] = None
     if re.search(r"rcnn|retina|fcos", name):
         options |= {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:
+        options |= {"rpn_pre_nms_top_n_test": 32, "rpn_post_nms_top_n_test": 8}
     return options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 import warnings
@@ -23,7 +24,12 @@ def prepare(libraries: tuple[str, ...]) -> None:
         import torchvision
     except RuntimeError:  # its operators do not load
         define_torchvision_operators()
-        import torchvision  # noqa: F401
+        import torchvision.ops.boxes
+
+        define_torchvision_operators.library.impl("nms", _nms, "CPU")  # type: ignore[attr-defined]
+        torchvision.ops.boxes._assert_has_ops = lambda: None
+        align = importlib.import_module("torchvision.ops.roi_align")
+        align._roi_align = align._roi_align.__wrapped__  # else it is compiled, for half a minute
     _define_grouped_matmul()
     if "transformers" in libraries:
         import transformers
@@ -59,6 +65,17 @@ def grouped_matmul(
     return result
 
 
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Boxes that no better one overlaps by more than a share, best first."""
+    from torchvision.ops import box_iou
+
+    left, kept = scores.argsort(descending=True), []
+    while len(left):
+        kept.append(left[:1])
+        left = left[1:][box_iou(boxes[left[:1]], boxes[left[1:]])[0] <= iou_threshold]
+    return torch.cat(kept) if kept else left
+
+
 def names(library: str) -> list[str]:
     """The models of a library that the sweep tries."""
     return {"transformers": _transformers, "timm": _timm, "torchvision": _torchvision}[library]()
@@ -78,26 +95,28 @@ def builder(library: str, name: str) -> Callable[[], nn.Module]:
 
 
 def _of_timm(name: str) -> nn.Module:
-    """A model of timm, of fewer layers where it is a large one whose constructor lets one choose."""
+    """A model of timm, of fewer layers and for small pictures where it is a large one that lets one choose."""
     import timm
 
     with torch.device("meta"):
         large = sum(p.numel() for p in timm.create_model(name).parameters()) > LARGE
     if large:
         try:
-            return timm.create_model(name, depth=4).eval()
+            return timm.create_model(name, depth=4, img_size=112).eval()
         except TypeError:  # it does not
             pass
     return timm.create_model(name).eval()
 
 
 def _options(name: str) -> dict[str, Any]:
-    """No weights; and of detectors that scale their pictures, small ones."""
+    """No weights; and of detectors that scale their pictures, small ones, in which they look at few boxes."""
     options: dict[str, Any] = {}
     if re.search(r"rcnn|retina|fcos|ssd|fcn|deeplab|lraspp", name):
         options["weights_backbone"] = None
     if re.search(r"rcnn|retina|fcos", name):
         options |= {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:
+        options |= {"rpn_pre_nms_top_n_test": 32, "rpn_post_nms_top_n_test": 8}
     return options
 
 

@@ -107,6 +107,37 @@ class Levels(Seen):
         return torch.stack([hidden_states.transpose(1, 2).reshape(size) for _ in maps]).sum() + queries.sum()
 
 
+class Long(Sound):
+    """Many samples make a frame."""
+
+    main_input_name = "hidden_states"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(*(nn.Conv1d(1, 1, 8, 8) for _ in range(3)))
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return self.down(hidden_states)
+
+
+class Which(Model):
+    """A number that is looked up in a table."""
+
+    def forward(self, input_ids: Tensor, freq: Tensor) -> Any:
+        return self.embed(input_ids) + self.embed(freq)[:, None]
+
+
+class Several(Model):
+    """Compares what it is given, and takes the last with any of the others."""
+
+    def forward(self, input_ids: Any = None, bbox: Any = None, xpath_tags_seq: Any = None) -> Any:
+        if sum(x is not None for x in (input_ids, bbox, xpath_tags_seq)) < 2:
+            raise ValueError("At least two of input_ids, bbox, or xpath_tags_seq must be provided")
+        if xpath_tags_seq is None:
+            raise AttributeError("'Output' object has no attribute 'states'")
+        return self.embed(input_ids)
+
+
 class OneAtATime(Model):
     """Forgets that there is a batch."""
 
@@ -122,6 +153,9 @@ KINDS: dict[type[Model], dict[str, Any]] = {
     Packed: {"input_features": (20, 128), "feature_lens": (2,)},
     Waves: {"inputs": (2, 2048)},
     Levels: {"queries": None, "maps": None, "hidden_states": (2, 64, 16)},
+    Long: {"hidden_states": (2, 1, 2048)},
+    Which: {"input_ids": (2, 8), "freq": (2,)},
+    Several: {"input_ids": (2, 8), "bbox": (2, 8, 4), "xpath_tags_seq": (2, 8, 8)},
     OneAtATime: {"input_ids": (1, 8)},
 }
 
@@ -191,6 +225,15 @@ def test_a_picture_is_large_where_it_has_to_be() -> None:
             assert x.shape[-1] == 640
             return super().forward(x)
 
-    for kind, side in ((Free, 320), (Fixed, 640)):
+    class Built(Fixed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.ModuleDict({"embed": nn.Identity()})
+            self.trunk["embed"].img_size = (48, 48)
+
+        def forward(self, x: Tensor) -> Any:
+            return Stem.forward(self, x)
+
+    for kind, side in ((Free, 320), (Fixed, 640), (Built, 48)):
         (picture,) = of_images(kind()) or ()
         assert picture.shape == (2, 3, side, side)

@@ -9,7 +9,7 @@ import torch
 
 from mhc_rewrite.cli.small import _first_line
 from mhc_rewrite.cli.small_fields import small_fields
-from mhc_rewrite.cli.small_repairs import repair_run
+from mhc_rewrite.cli.small_repairs import repair, repair_run
 from test_small import Config, Text, Whole
 
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -19,6 +19,9 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "channels of a vocoder": ({"upsample_initial_channel": 512}, {"upsample_initial_channel": 128}),
     "latents that attend to themselves": ({"num_latents": 256, "num_self_attends_per_block": 26},
                                           {"num_latents": 16, "num_self_attends_per_block": 4}),
+    "filters that many stages double": ({"num_filters": 32, "depths": [3, 3, 8]}, {"num_filters": 8}),
+    "filters": ({"num_filters": 32}, {"num_filters": None}),
+    "stages that are scaled": ({"depth_coefficient": 3.1}, {"depth_coefficient": 1.0}),
     "a side of codes": ({"num_patches": 32, "base_channels": 128}, {"num_patches": 4, "base_channels": 32}),
     "patches in all": ({"num_patches": 256, "patch_size": 16}, {"num_patches": 16}),
     "a picture in a frame": ({"max_img_size": 448, "visual_prompt_size": 96},
@@ -63,6 +66,15 @@ def test_kinds_of_layers_are_as_many_as_layers() -> None:
     for kind in (Fixed, Strict):
         assert small_fields(kind()) == {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 5 + ["hybrid"]}
     assert small_fields(Derived()) == {"num_hidden_layers": 6}
+
+
+def test_layers_that_share_weights_are_two() -> None:
+    """The error names no option; a second time it has nothing to mend."""
+    error = ValueError("There is an issue with your definition of `tie_weights_keys` for layers.2")
+    config, fields = Fixed(num_hidden_layers=9), {"num_hidden_layers": 6, "layers_block_type": ["mamba"] * 6}
+    assert repair(config, fields, error)
+    assert fields == {"num_hidden_layers": 9, "layers_block_type": ["mamba"] * 5 + ["hybrid"] + ["mamba"] * 3}
+    assert not repair(config, fields, error)
 
 
 def test_maps_are_as_large_as_the_pictures_of_a_part() -> None:
@@ -110,6 +122,14 @@ def test_a_token_that_no_option_names_is_in_the_vocabulary() -> None:
     fields: dict[str, Any] = {}
     assert repair_run(whole, fields, [message.format(10784)]) and fields == {"text": {"vocab_size": 10785}}
     assert not repair_run(whole, {}, [message.format(10**6)])
+
+
+def test_an_option_that_a_run_misses_is_set() -> None:
+    whole = Whole(text=Text(sliding_window=None, hidden_size=512), sliding_window=4)
+    message = "ValueError: Could not find a `sliding_window` argument in the config, or it is not set"
+    fields: dict[str, Any] = {}
+    assert repair_run(whole, fields, [message]) and fields == {"text": {"sliding_window": 8}}
+    assert not repair_run(Whole(text=Text(sliding_window=4)), {}, [message])
 
 
 def test_an_error_is_said_whole() -> None:

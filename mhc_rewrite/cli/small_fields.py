@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 HEADS, LAYERS, VOCABULARY, EXPERTS, WIDTH, QUERIES = 4, 4, 512, 16, 128, 16
-MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED, PATCHES, SIDE_PATCHES = 12, 64, 4, 2, 16, 4
+MOST_LAYERS, FRAMES, MOST_ALIKE, SHARED, PATCHES, SIDE_PATCHES, FILTERS = 12, 64, 4, 2, 16, 4, 8
 Heads = int | None | Literal["evenly"]
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks|attends_per_block)$")
@@ -75,6 +75,8 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small[name] = min(value, VOCABULARY)
         elif name in ("num_queries", "num_latents") and shallow:
             small[name] = min(value, QUERIES)
+        elif name == "num_filters" and "depths" in fields and heads is not None:
+            small[name] = min(value, FILTERS)  # doubled by each of many stages
         elif name in _CHANNELS and heads is not None:
             small[name] = min(value, _CHANNELS[name])
         elif name == "num_patches" and shallow:  # in all, or, where the patch has no size of its own, along a side
@@ -95,6 +97,8 @@ def _small_fields(config: Any, shallow: bool, heads: Heads, factor: int) -> dict
             small["image_size"] = side if isinstance(fields["image_size"], int) else [side, side]
     if shallow and isinstance(architecture := fields.get("architecture"), str) and "model_args" in fields:
         small["model_args"] = {**_of_timm(architecture), **(fields["model_args"] or {})} or None
+    if shallow and isinstance(times := fields.get("depth_coefficient"), float):
+        small["depth_coefficient"] = min(times, 1.0)
     if shallow and "num_mel_bins" in fields and isinstance(longest := fields.get("max_length"), int):
         small["max_length"] = min(longest, 2 * FRAMES)
     if shallow and isinstance(depths := fields.get("depths"), (list, tuple)):
@@ -189,6 +193,15 @@ def _layer_types(config: Any, fields: Mapping[str, Any]) -> Iterator[tuple[str, 
         kinds = getattr(config, name)
         if isinstance(kinds, (list, tuple)) and len(kinds) in layers and all(isinstance(kind, str) for kind in kinds):
             yield name, layers[len(kinds)], list(kinds)
+
+
+def more_layers(config: Any) -> Iterator[tuple[str, Any]]:
+    """Options for as many layers as a small model may have, of the kinds that the first of the config are."""
+    fields = config.to_dict()
+    for name, number, kinds in _layer_types(config, fields):
+        yield number, min(len(kinds), MOST_LAYERS)
+        if name in fields:
+            yield name, kinds[:MOST_LAYERS]
 
 
 def _kinds_of_layers(config: Any, fields: Mapping[str, Any], depth: int) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mhc_rewrite.capture.examples.lessons import failing_lines
-from mhc_rewrite.cli.small_fields import token_ids
+from mhc_rewrite.cli.small_fields import more_layers, token_ids
 
 SMALL, WORDS = 8, 50_000
 _WIDTHS = re.compile(
@@ -26,6 +26,11 @@ def repair(default: Any, fields: dict[str, Any], error: Exception) -> bool:
     if found := re.search(r"\b(\w+) must match (\w+)", str(error)):
         changed = _alike(values, found[1], found[2])
         fields |= {name: _merged(fields.get(name), value) for name, value in changed.items()}
+        return bool(changed)
+    if "tie_weights_keys" in str(error):  # a layer's weights are another's of its kind, and there is one of it
+        deeper = dict(more_layers(default))
+        changed = {name: value for name, value in deeper.items() if fields.get(name, value) != value}
+        fields |= deeper if changed else {}
         return bool(changed)
     changes = {name: SMALL for name in re.findall(r"`(\w+)`", str(error)) if name in values and values[name] is None}
     if not changes:
@@ -85,6 +90,8 @@ def repair_run(default: Any, fields: dict[str, Any], errors: list[str]) -> bool:
         elif found := re.search(r"must match except in dimension \d\. Expected size (\d+) but got size (\d+)", message):
             one, other = int(found[1]), int(found[2])
             changed = _replaced(options, one, other) or _replaced(options, other, one)
+        elif found := re.search(r"`(\w+)` argument in the config, or it is not set", message):
+            changed = _set(options, found[1])
         elif "index out of range in self" in message:  # a part is given what another one puts out
             least = min(_vocabularies(options), default=0)
             changed = _with_vocabulary(options, least, above=least)
@@ -115,6 +122,15 @@ def _replaced(tree: dict[str, Any], old: Any, new: Any) -> dict[str, Any]:
             found[key] = [new if one == old else one for one in value]
         elif isinstance(value, dict) and (inner := _replaced(value, old, new)):
             found[key] = {**value, **inner} if key == "rope_parameters" else inner
+    return found
+
+
+def _set(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """The parts of nested options that leave one open, with a value for it."""
+    found: dict[str, Any] = {name: SMALL} if name in tree and tree[name] is None else {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and (inner := _set(value, name)):
+            found[key] = inner
     return found
 
 

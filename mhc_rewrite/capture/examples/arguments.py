@@ -186,7 +186,8 @@ class Arguments(Pictures, Sounds):
         return [noise(BATCH, LENGTH, width), noise(BATCH, width)]
 
     def one_number(self, name: str, call: Call) -> list[Any]:
-        return [noise(BATCH).sigmoid(), 1, noise(1).sigmoid()]
+        numbers = torch.zeros(BATCH, dtype=torch.long)  # of one kind of several
+        return [noise(BATCH).sigmoid(), 1, noise(1).sigmoid(), numbers, numbers[:, None]]
 
     def switched_off(self, name: str, call: Call) -> list[Any]:
         return [False]

@@ -57,6 +57,7 @@ def _of_channels(model: nn.Module, channels: int, usual: list[int], clips: bool)
         yield channels, 2 * _FRAMES, 224, 224
     built = [getattr(owner, name, None) for owner in (getattr(model, "patch_embed", None), model)
              for name in ("img_size", "image_size", "input_size")]  # fmt: skip
+    built += [size for m in model.modules() if (size := getattr(m, "img_size", None)) is not None][:1]
     for size in built:
         if isinstance(size, int):
             yield channels, size, size

@@ -31,6 +31,8 @@ def further(call: Call, given: Mapping[str, Any], error: Exception, supplier: Su
             yield -1.0, replace(call, names=tuple(name for name in call.names if name != unwanted[1]))
             return
     named, spare = _named(str(error), call, supplier)
+    if spare and re.search(r"\bat least (two|three)\b", str(error), re.IGNORECASE):
+        yield -1.5, replace(call, names=(*call.names, *named, *spare))
     unset = [*_none_in_frames(error, call, supplier, supplier.known)]
     about_none = "None" in str(error)
     if about_none and not (named or unset):
@@ -184,6 +186,10 @@ def _wanted_shapes(given: Mapping[str, Any], blamed: set[str], message: str) -> 
         for name, shape in shapes.items():
             if int(found[1]) in shape[-2:]:
                 yield name, (*shape[:-2], int(found[2]), int(found[2]))
+    elif "Kernel size can't be greater than actual input size" in message:
+        for name in blamed or shapes:  # of a sound, many samples make a frame
+            if len(shape := shapes.get(name, ())) == 3:
+                yield name, (*shape[:2], 16 * shape[2])
     elif found := re.search(r"size (\d+)x(\d+) is too small", message):
         for name, shape in shapes.items():
             if shape[-2:] == (int(found[1]), int(found[2])):

@@ -130,6 +130,7 @@ class _Finder:
         self.sites: dict[fx.Node, FoundSite] = {}
         self.rejections: list[Rejection] = []
         self.lift_cache: dict[fx.Node, list[Lift]] = {}
+        self.above_cache: dict[fx.Node, set[fx.Node]] = {}
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
@@ -304,7 +305,7 @@ class _Finder:
         if node not in self.sites:
             for lift in self._lifts(node):
                 gates = (*operands, *lift.operands)
-                if any(lift.trunk is gate or lift.trunk in ancestors(gate) for gate in gates):
+                if any(lift.trunk is gate or lift.trunk in self._above(gate) for gate in gates):
                     continue  # a gate that depends on the trunk: that is modulation, not a residual
                 for further in self._chains(lift.trunk, gates):
                     yield [lift, *further]
@@ -312,7 +313,13 @@ class _Finder:
 
     def _is_modulated(self, node: fx.Node) -> bool:
         lifts = self._lifts(node) if vocabulary.name_of(node.target) in vocabulary.SCALING else []
-        return any(lift.trunk in ancestors(gate) for lift in lifts for gate in lift.operands)
+        return any(lift.trunk in self._above(gate) for lift in lifts for gate in lift.operands)
+
+    def _above(self, node: fx.Node) -> set[fx.Node]:
+        """Its ancestors; a gate is asked for them on every way back."""
+        if node not in self.above_cache:
+            self.above_cache[node] = ancestors(node)
+        return self.above_cache[node]
 
     def _lifts(self, node: fx.Node) -> list[Lift]:
         if node not in self.lift_cache:

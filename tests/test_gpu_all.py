@@ -42,7 +42,7 @@ def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
     assert len(of["models"]) == 12 and all(row["right"] for row in of["models"]), of["models"]
     assert not any("failed" in row for row in of["warm"] + of["sweep"] + of["training"]), log
     assert all(row["error"] < 2e-2 for row in of["sweep"])
-    assert len(of["times"]) == 3 * 8 and len(of["training"]) == 6
+    assert len(of["times"]) == 4 * 8 and len(of["training"]) == 6
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert text.count("\n## ") == 5 and "converted, compiled, recomputed" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md", "log.txt", "rows.jsonl"]

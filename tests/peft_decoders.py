@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision_operators import define_torchvision_operators
+
+from conftest import define_torchvision_operators
 
 FOLDER = "MHC_PEFT_MODELS"  # in the environment of the runs: where the models are that stand for those of the hub
 SMALL = {"vocab_size": 1100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -54,6 +55,8 @@ def main() -> int:
     parser.add_argument("--tests", default="", metavar="EXPRESSION", help="pytest's -k, besides the models")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
+    if not options.sdist.is_file():
+        parser.error(f"there is no {options.sdist}; the first line of this file's examples brings it")
     chosen = f"({' or '.join(options.models.split(','))})" + (f" and ({options.tests})" if options.tests else "")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -99,7 +102,7 @@ def make_models(folder: Path, parts: list[str], convert: bool) -> None:
 def outcomes(folder: Path, kind: str, chosen: str, jobs: int) -> dict[str, str]:
     """What became of every test, run on the models of this kind."""
     here, results = Path(__file__).parent, folder / f"{kind}.xml"
-    path = os.pathsep.join([str(folder), str(here), str(here.parent), str(here.parent / "demos")])
+    path = os.pathsep.join([str(folder), str(here), str(here.parent)])
     environment = {**os.environ, FOLDER: str(folder / kind), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "peft_decoders", "-c", os.devnull, "--rootdir", str(folder),

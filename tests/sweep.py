@@ -357,6 +357,7 @@ package. Where that model's own rule does not apply, the column *perturbed* has 
 there only the start was compared. A model that is off by more, and moves as much when the last digits of its parameters
 do, is held to that, and the last column says so. Inputs are the package's own guess. *adds* are those that the sweep
 counts by its own rule, in one call: layers that are called again count again, and skips over whole stages count too.
+Rows that `--resume` keeps are of the code that they ran on.
 
 """
 

@@ -68,6 +68,23 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                     {"num_hidden_layers": 6, "num_kv_shared_layers": 2}),
     "experts a token left open": ({"num_experts_per_tok": None, "top_k_experts": None},
                                   {"num_experts_per_tok": 2, "top_k_experts": 2}),
+    "pictures of convolutions": ({"image_size": 600}, {"image_size": 64}),
+    "a picture of two sides": ({"image_size": [448, 448], "patch_size": [14, 14]}, {"image_size": [56, 56]}),
+    "a picture in stages": ({"image_size": 224, "patch_size": 4, "depths": [2, 2]}, {"image_size": None}),
+    "channels of a vocoder": ({"upsample_initial_channel": 512}, {"upsample_initial_channel": 128}),
+    "latents that attend to themselves": ({"num_latents": 256, "num_self_attends_per_block": 26},
+                                          {"num_latents": 16, "num_self_attends_per_block": 4}),
+    "filters that many stages double": ({"num_filters": 32, "depths": [3, 3, 8]}, {"num_filters": 8}),
+    "filters": ({"num_filters": 32}, {"num_filters": None}),
+    "stages that are scaled": ({"depth_coefficient": 3.1}, {"depth_coefficient": 1.0}),
+    "a side of codes": ({"num_patches": 32, "base_channels": 128}, {"num_patches": 4, "base_channels": 32}),
+    "patches in all": ({"num_patches": 256, "patch_size": 16}, {"num_patches": 16}),
+    "a picture in a frame": ({"max_img_size": 448, "visual_prompt_size": 96},
+                             {"max_img_size": 112, "visual_prompt_size": 24}),
+    "options by layer that are small now": (
+        {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
+         "per_layer_config": {2: {"num_attention_heads": 32, "other": 1}, 20: {}}},
+        {"per_layer_config": {2: {"other": 1}}}),
 }  # fmt: skip
 
 

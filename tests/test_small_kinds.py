@@ -12,33 +12,6 @@ from mhc_rewrite.cli.small_fields import small_fields
 from mhc_rewrite.cli.small_repairs import repair, repair_run
 from test_small import Config, Text, Whole
 
-FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "pictures of convolutions": ({"image_size": 600}, {"image_size": 64}),
-    "a picture of two sides": ({"image_size": [448, 448], "patch_size": [14, 14]}, {"image_size": [56, 56]}),
-    "a picture in stages": ({"image_size": 224, "patch_size": 4, "depths": [2, 2]}, {"image_size": None}),
-    "channels of a vocoder": ({"upsample_initial_channel": 512}, {"upsample_initial_channel": 128}),
-    "latents that attend to themselves": ({"num_latents": 256, "num_self_attends_per_block": 26},
-                                          {"num_latents": 16, "num_self_attends_per_block": 4}),
-    "filters that many stages double": ({"num_filters": 32, "depths": [3, 3, 8]}, {"num_filters": 8}),
-    "filters": ({"num_filters": 32}, {"num_filters": None}),
-    "stages that are scaled": ({"depth_coefficient": 3.1}, {"depth_coefficient": 1.0}),
-    "a side of codes": ({"num_patches": 32, "base_channels": 128}, {"num_patches": 4, "base_channels": 32}),
-    "patches in all": ({"num_patches": 256, "patch_size": 16}, {"num_patches": 16}),
-    "a picture in a frame": ({"max_img_size": 448, "visual_prompt_size": 96},
-                             {"max_img_size": 112, "visual_prompt_size": 24}),
-    "options by layer that are small now": (
-        {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
-         "per_layer_config": {2: {"num_attention_heads": 32, "other": 1}, 20: {}}},
-        {"per_layer_config": {2: {"other": 1}}}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", FIELDS)
-def test_small_fields(kind: str) -> None:
-    fields, wanted = FIELDS[kind]
-    small = small_fields(Config(**fields))
-    assert {name: small.get(name) for name in wanted} == wanted
-
 
 class Fixed(Config):
     """Has a list of kinds by default, however many layers there are."""

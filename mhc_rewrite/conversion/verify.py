@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import sys
@@ -108,8 +109,7 @@ def verify(
         values: whether outputs and gradients have to agree, or only their shapes.
         again: observes the converted model once more. What differs may do so anyway: where a relu is at its kink,
             statistics of a small batch are divided by, or many sharp layers follow a part in fp32, rounding does it.
-
-        cause: what is known of this conversion that may make it do something else, where anything is.
+        cause: what may have made this conversion do something else, for the error, where more than usual is known.
 
     Raises:
         UnsupportedModelError: the converted model fails where the original does not, or does something else.
@@ -118,27 +118,28 @@ def verify(
     bits = _narrowest(model)
     wobbling = _wobbles(model, bits, after, again)
     wobbles: dict[str, Wobble] = {}
+    differs = functools.partial(_difference, model, values=values, bits=bits, cause=cause or _UNSEEN)
     for mode in (EVALUATION, TRAINING):
         one, other = before[mode], after[mode]
-        difference = _difference(model, mode, one, other, values, bits)
+        difference = differs(mode, one, other)
         if difference is not None and values and _have_one_form(one, other):
-            difference = _difference(model, mode, one, other, values, bits, wobbles.get(mode))
+            difference = differs(mode, one, other, wobbles.get(mode))
             while difference is not None and (further := next(wobbling, None)) is not None:
                 wobbles = further
-                difference = _difference(model, mode, one, other, values, bits, wobbles[mode])
+                difference = differs(mode, one, other, wobbles[mode])
             if difference is None:
                 said.append(f"{mode}: {_compared(one, values)}, as closely as they are determined at all")
                 continue
         if difference is not None and one.failed is None and other.failed is None and other.failed_backward is None:
             quiet = before.get(WITHOUT_DROPOUT) if mode == TRAINING else None
             if quiet is not None and WITHOUT_DROPOUT in after:
-                same = _difference(model, WITHOUT_DROPOUT, quiet, after[WITHOUT_DROPOUT], values, bits)
+                same = differs(WITHOUT_DROPOUT, quiet, after[WITHOUT_DROPOUT])
                 if same is None and quiet.rates == after[WITHOUT_DROPOUT].rates:
                     why = "random numbers are drawn in another order"
                     said.append(f"{WITHOUT_DROPOUT}, since {why}: {_compared(quiet, values)}")
                     continue
         if difference is not None:
-            raise UnsupportedModelError(difference if cause is None else difference.replace(_UNSEEN, cause))
+            raise UnsupportedModelError(difference)
         said.append(f"{mode}: {_compared(one, values)}")
     return tuple(said)
 
@@ -303,22 +304,20 @@ def _wobbles(
 
 
 def _difference(
-    model: nn.Module, mode: str, one: Run, other: Run, values: bool, bits: int,
-    wobble: Mapping[int | str, float] | None = None,
+    model: nn.Module, mode: str, one: Run, other: Run, wobble: Mapping[int | str, float] | None = None,
+    *, values: bool, bits: int, cause: str,
 ) -> str | None:  # fmt: skip
     """What the converted model does that the original does not; None where nothing can be seen."""
     kind = type(model).__name__
     if one.failed is not None:
         return None  # the original can't be run so
     if other.failed is not None:
-        return (
-            f"The converted {kind} fails on the example in {mode} ({other.failed}), so nothing was changed. {_UNSEEN}"
-        )
+        return f"The converted {kind} fails on the example in {mode} ({other.failed}), so nothing was changed. {cause}"
     what = _of_outputs(one.outputs, other.outputs, values, bits, wobble or {})
     if what is not None:
         return (
             f"The converted {kind} returns something else than the original on the example in {mode}: {what}. Nothing "
-            f"was changed. {_UNSEEN}"
+            f"was changed. {cause}"
         )
     if one.failed_backward is None and other.failed_backward is not None:
         return (

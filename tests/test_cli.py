@@ -144,6 +144,7 @@ WRONG = {
     "nets.py:seven": (2, "gives a int, not a model"),
     "nets.py:number": (2, "not a model"),
     "nets.py:odd_inputs": (2, "example inputs of type list"),
+    "nets.py:net": (1, "name a callable that returns the pair (model, example_inputs)"),
     "nets.py:broken": (1, "RuntimeError: no such weights"),
     "bad.py:f": (1, "bad.py:2 `value = 1 / 0`"),
     "bad:f": (1, "bad.py:2 `value = 1 / 0`"),

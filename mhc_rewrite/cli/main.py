@@ -23,9 +23,10 @@ from mhc_rewrite.cli import bench, cost, listing, machine, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.cli.options import Settings, Spec
 from mhc_rewrite.config import MAX_STREAMS
-from mhc_rewrite.errors import MHCError
+from mhc_rewrite.errors import ExampleInputsError, MHCError
 from mhc_rewrite.printing import as_text
 
+_INPUTS = " On the command line: name a callable that returns the pair (model, example_inputs)."
 PATIENCE = 2.0  # seconds without an answer before a spinner says what is being done
 
 app = typer.Typer(
@@ -159,7 +160,8 @@ def _working(what: str) -> Iterator[Callable[[str], None]]:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield tell
     except (CommandError, MHCError) as error:
-        _tell(Text.assemble(("error: ", "bold red"), str(error)))
+        here = _INPUTS if isinstance(error, ExampleInputsError) else ""
+        _tell(Text.assemble(("error: ", "bold red"), str(error) + here))
         raise typer.Exit(error.exit_code if isinstance(error, CommandError) else 1) from error
 
 

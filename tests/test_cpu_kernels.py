@@ -271,7 +271,7 @@ def test_ops_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WITHOUT = """
 import os, warnings
-os.environ.update(CXX="no-such-compiler", TORCH_EXTENSIONS_DIR={folder!r})
+os.environ.update(CXX="no-such-compiler", MHC_REWRITE_CACHE={folder!r})
 import torch
 import mhc_rewrite.errors
 from mhc_rewrite.kernels import aten, ops

@@ -57,7 +57,17 @@ def test_a_folder_that_cannot_be_written_to(folders: Path, capsys: pytest.Captur
     assert file.parent.stat().st_mode & 0o077 == 0
     said = capsys.readouterr().err
     assert f"{folders / 'cache'} can't be used" in said and f"{file.parent} instead" in said
-    assert cpu.library().found() == file
+    assert cpu.built() == file and not capsys.readouterr().err
+    assert machine().cpu_kernels == f"built, {file}"
+
+
+def test_a_place_that_was_named_later_gets_its_own(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image's folder, say: that there is a library among the temporary files does not help there."""
+    (folders / "cache").write_text("a file")
+    spare = cpu.built()
+    monkeypatch.setenv("MHC_REWRITE_CACHE", str(folders / "image"))
+    assert "not built yet" in machine().cpu_kernels
+    assert cpu.built().parent == folders / "image" and spare.exists()
 
 
 def test_a_full_disk(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +96,7 @@ def test_what_the_machine_has(folders: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "not built yet" in found.cpu_kernels and str(folders / "cache") in found.cpu_kernels
     assert any("mhc-rewrite build" in one for one in found.missing)
     cpu.built()
-    assert machine().cpu_kernels == f"built, {cpu.library().found()}"
+    assert machine().cpu_kernels == f"built, {cpu.library().files[0]}"
     assert not any("CPU kernels" in one for one in machine().missing)
 
 

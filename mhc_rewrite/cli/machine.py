@@ -34,15 +34,15 @@ def register(
     def build() -> None:
         """Build the CPU kernels now, for this processor and this torch, instead of at their first use."""
         with working("Building the CPU kernels"):
-            before = cpu.library().found()
+            before = [file for file in cpu.library().files if file.exists()]
             started = time.perf_counter()
             try:
                 file = cpu.built()
                 torch.ops.load_library(file)
             except Exception as error:
                 raise CommandError(f"The CPU kernels could not be built: {error} See: mhc-rewrite doctor") from error
-        seconds = "" if before is not None else f" in {time.perf_counter() - started:.0f} s"
-        show(Text(f"{'there already' if before is not None else 'built'}{seconds}: {file}"))
+        seconds = time.perf_counter() - started
+        show(Text(f"{'there already' if file in before else f'built in {seconds:.0f} s'}: {file}"))
 
 
 def _shown(found: Machine) -> RenderableType:

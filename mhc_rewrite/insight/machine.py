@@ -48,7 +48,10 @@ def machine() -> Machine:
     versions.update({package: _version(package) for package in PACKAGES})
     missing = []
     compiler, library = shutil.which(cpp_extension.get_cxx_compiler()), cpu.library()
-    found = library.found()
+    into = _writable(library.folders)
+    # What lies where it was put for want of a better place counts as long as there is none.
+    usable = library.files if into != library.folders[0] else library.files[:1]
+    found = next((file for file in usable if file.exists()), None)
     if found is not None:
         kernels = f"built, {found}"
     elif compiler is None:
@@ -58,7 +61,8 @@ def machine() -> Machine:
         kernels = "can't be built: no ninja"
         missing.append("ninja, for the CPU kernels: pip install ninja")
     else:
-        kernels = f"not built yet; by {compiler}, into {_writable(library.folders)}"
+        place = into or f"no folder: none of {', '.join(map(str, library.folders))} can be written to"
+        kernels = f"not built yet; by {compiler}, into {place}"
         missing.append("the CPU kernels, about 20 seconds at their first use, or ahead: mhc-rewrite build")
     devices = [f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
                f"threads of torch, {torch.backends.cpu.get_cpu_capability()}"]  # fmt: skip
@@ -85,10 +89,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _writable(folders: tuple[Path, ...]) -> str:
+def _writable(folders: tuple[Path, ...]) -> Path | None:
     """The first folder in which, or in whose nearest parent that is there, something can be written."""
     for folder in folders:
         there = next(place for place in (folder, *folder.parents) if place.exists())
-        if os.access(there, os.W_OK):
-            return str(folder)
-    return "no folder: none of " + ", ".join(map(str, folders)) + " can be written to"
+        if there.is_dir() and os.access(there, os.W_OK):
+            return folder
+    return None

@@ -58,16 +58,15 @@ def available() -> bool:
 
 
 class Library(NamedTuple):
-    """The file that this machine's processor and torch need, and the folders in which it may be, in their order."""
+    """The file that this machine's processor and torch need: where it belongs, and where it is put if it can't be."""
 
     name: str
     flags: tuple[str, ...]
     folders: tuple[Path, ...]
 
-    def found(self) -> Path | None:
-        """Where it was built before."""
-        files = (folder / f"{self.name}.so" for folder in self.folders)
-        return next((file for file in files if file.exists()), None)
+    @property
+    def files(self) -> list[Path]:
+        return [folder / f"{self.name}.so" for folder in self.folders]
 
 
 def library() -> Library:
@@ -103,26 +102,28 @@ def built() -> Path:
         RuntimeError: what the compiler says.
     """
     wanted = library()
-    if (file := wanted.found()) is not None:
+    file, *spare = wanted.files
+    if file.exists():
         return file
-    first, *spare = wanted.folders
     try:
-        return _built_in(first, wanted)
+        return _built_in(file.parent, wanted)
     except OSError as error:  # read-only, or full
         if not spare:
             raise
-        print(f"mhc_rewrite: {first} can't be used ({error}); {spare[0]} instead.", file=sys.stderr)
-        return _built_in(spare[0], wanted)
+        if not spare[0].exists():
+            print(f"mhc_rewrite: {file.parent} can't be used ({error}); {spare[0].parent} instead.", file=sys.stderr)
+            _built_in(spare[0].parent, wanted)
+        return spare[0]
 
 
 def _built_in(folder: Path, wanted: Library) -> Path:
-    from torch.utils import cpp_extension  # brings setuptools along: half a second that loading does without
-
     folder.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, then moved: two processes that build at once do not wait for one another's locks.
     with tempfile.TemporaryDirectory(dir=folder) as build, _ninja_beside_python():
         if shutil.disk_usage(build).free < ROOM:
             raise OSError(f"less than {ROOM >> 20} MB are free")
+        from torch.utils import cpp_extension  # brings setuptools along: half a second that loading does without
+
         print("mhc_rewrite: building the CPU kernels, once (about 20 seconds) ...", file=sys.stderr)
         flags = list(wanted.flags)
         cpp_extension.load(

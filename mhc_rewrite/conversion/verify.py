@@ -231,10 +231,8 @@ def _seeded() -> Iterator[None]:
 
 
 def _random_state() -> tuple[Any, ...]:
-    torch_state = torch.get_rng_state().numpy().tobytes()
-    cuda = (
-        [state.cpu().numpy().tobytes() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    )
+    torch_state = torch.get_rng_state().tolist()
+    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     numpy = sys.modules.get("numpy")
     name, keys, *rest = numpy.random.get_state() if numpy else (None, None)
     return torch_state, cuda, random.getstate(), name, None if keys is None else keys.tobytes(), rest

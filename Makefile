@@ -60,7 +60,7 @@ format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff format
 
 docs: $(STAMP) ## the documentation as pages in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(STAMP) ## the same on http://127.0.0.1:8000, built anew when a page changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -2,8 +2,8 @@
 
 - A block of `python` with a title is a file of that name, which later blocks import.
 - Any other block of `python` runs, all of a page in one namespace.
-- A block of `text` is what the block before it prints. What prints must show it; a line `...` stands for any lines, and
-  `...` within one for any characters.
+- A block of `text`, or of `pytb` (messages of errors, whose lines the site breaks), is what the block before it prints.
+  What prints must show it; a line `...` stands for any lines, and `...` within one for any characters.
 - A block of `console` has commands after `$ `, of `mhc-rewrite` alone, each followed by what it prints.
 """
 
@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from mhc_rewrite.cli.main import app
 
+PRINTED = ("text", "pytb")
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -50,7 +51,7 @@ def run(page: Path, folder: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed, line = "", 1
     for block in blocks(page):
-        if block.language == "text":
+        if block.language in PRINTED:
             check(page, block.line, block.text, printed)
             printed = ""
             continue

@@ -93,4 +93,4 @@ def test_every_block_is_read() -> None:
     for page in OWN:
         found = pages.blocks(page)
         assert len(re.findall(r"^```", page.read_text(), re.MULTILINE)) == 2 * len(found), page
-        assert {block.language for block in found} <= {"python", "text", "console"}, page
+        assert {block.language for block in found} <= {"python", "console", *pages.PRINTED}, page

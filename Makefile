@@ -7,11 +7,11 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-EXTRAS := demo,export,hf,peers,test,vision
+EXTRAS := demo,docs,export,hf,peers,test,vision
 # One thread a test process: two processes with two threads each on two cores wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo bench-cpu gpu-check test test-fast test-kernels lint types format clean
+.PHONY: help install demo bench-cpu gpu-check test test-fast test-kernels lint types format docs docs-serve clean
 .DEFAULT_GOAL := help
 # A virtual environment that could not be made is no virtual environment the next time either.
 .DELETE_ON_ERROR:
@@ -59,5 +59,11 @@ format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(STAMP) ## the documentation as pages in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP) ## the same on http://127.0.0.1:8000, built anew when a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean: ## remove the virtual environment, caches and demo output
-	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,8 @@ class Traffic:
     """What one site moves for one token.
 
     Attributes:
-        read, written: elements of X, y, u, X' and their gradients, each once a launch.
+        read: elements of X, y, u, X' and their gradients, each once a launch.
+        written: the same.
         coefficients: fp32 numbers, both ways: H_post, H_res, raw, r and their gradients.
         again: elements that a second launch reads for the gradients of phi, alpha and bias.
     """

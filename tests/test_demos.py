@@ -170,15 +170,6 @@ def test_memory(tmp_path: Path) -> None:
     assert all(float(row[0]) == float(row[-1]) for row in rows) and len({tuple(row[1:4]) for row in rows}) == 1
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "tutorials").glob("*.md")), ids=lambda page: page.stem)
-def test_a_tutorial_shows_its_demo(page: Path) -> None:
-    """The lines of its code are the demo's."""
-    there = {line.strip() for line in (DEMOS / f"{page.stem}.py").read_text().splitlines()}
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    shown = {line.strip() for block in blocks for line in block.splitlines() if line.strip()}
-    assert shown and shown <= there, shown - there
-
-
 def test_finetune_llama(tmp_path: Path) -> None:
     printed = run("finetune_llama.py", tmp_path)
     assert "LlamaForCausalLM: 8 sites in 1 stream" in printed

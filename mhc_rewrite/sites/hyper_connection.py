@@ -52,7 +52,8 @@ class HyperConnection(KeepsPrecision):
         config: expansion rate, connection, initialisation.
         index: the site's place in its stream; decides which stream it mostly reads at the start.
         channel_dim: the axis of C in the block's input: -1, or 1 for channels-first trunks.
-        device, dtype: of the parameters; dtype fp64 in an fp64 model, fp32 otherwise.
+        device: of the parameters.
+        dtype: of the parameters: fp64 in an fp64 model, fp32 otherwise.
 
     Raises:
         ConfigError: `mhc` on one stream can't preserve.

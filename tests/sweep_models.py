@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import re
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from conftest import define_torchvision_operators
 
-LARGE = 200_000_000
+LARGE = 25_000_000
+# How models of timm are asked to be smaller, the first that they take: transformers, residual nets, what has windows.
+SMALLER = ({"depth": 4, "img_size": 112}, {"layers": (1, 1, 2, 1)}, {"img_size": 112})
 LIBRARIES = ("transformers", "timm", "torchvision")
 
 
@@ -100,11 +103,9 @@ def _of_timm(name: str) -> nn.Module:
 
     with torch.device("meta"):
         large = sum(p.numel() for p in timm.create_model(name).parameters()) > LARGE
-    if large:
-        try:
-            return timm.create_model(name, depth=4, img_size=112).eval()
-        except TypeError:  # it does not
-            pass
+    for options in SMALLER if large else ():
+        with contextlib.suppress(TypeError):  # it takes no such option
+            return timm.create_model(name, **options).eval()
     return timm.create_model(name).eval()
 
 

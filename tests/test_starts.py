@@ -1,4 +1,4 @@
-"""How sites start: the original function, whatever is on the trunk, and gradients for everything from the first step."""
+"""How sites start: the original function, whatever is on the trunk, and gradients for all from the first step."""
 
 from __future__ import annotations
 

@@ -30,7 +30,10 @@ def projection(phi: Tensor, n: int) -> Tensor:
     return phi
 
 
-def preserve(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
+def preserve(
+    phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int, *,
+    apart: float = APART, read_apart: float = READ_APART, uniform: float = UNIFORM,
+) -> None:  # fmt: skip
     """Keeps the mean of the streams, which is the residual, and lets the streams part.
 
     The first half of the streams and the rest get different H_post, with mean 1. All streams of a half stay equal so,
@@ -40,14 +43,14 @@ def preserve(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> No
     _start(phi, alpha, n)
     pre, post, res = split(bias, n)
     first = (n + 1) // 2
-    side = (-1) ** index * APART
+    side = (-1) ** index * apart
     for begin, size, direction in ((0, first, (n - first) / first), (first, n - first, -1.0)):
         group = slice(begin, begin + size)
         post[group] = _logit((1 + side * direction) / 2)
-        pre[group] = _logit((1 - READ_APART / (size - 1)) / n) if size > 1 else _logit(1 / n)
+        pre[group] = _logit((1 - read_apart / (size - 1)) / n) if size > 1 else _logit(1 / n)
         if size > 1:
-            pre[begin + index % size] = _logit((1 + READ_APART) / n)
-    _mix_moderately(res, n)
+            pre[begin + index % size] = _logit((1 + read_apart) / n)
+    _mix_moderately(res, n, uniform)
 
 
 def equal(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
@@ -87,10 +90,10 @@ def _read_mostly_one(pre: Tensor, n: int, index: int) -> None:
     pre[index % n] = _logit(PREFERRED_SHARE)
 
 
-def _mix_moderately(res: Tensor, n: int) -> None:
+def _mix_moderately(res: Tensor, n: int, uniform: float = UNIFORM) -> None:
     """The logarithm of a doubly stochastic matrix: what the iterations leave as it is."""
-    res.fill_(math.log(UNIFORM / n))
-    res.fill_diagonal_(math.log(1 - UNIFORM + UNIFORM / n))
+    res.fill_(math.log(uniform / n))
+    res.fill_diagonal_(math.log(1 - uniform + uniform / n))
 
 
 def _logit(p: float) -> float:

@@ -96,7 +96,7 @@ def mhcify(
             model,
             before,
             after,
-            values=chosen.init == "preserve",
+            values=chosen.init != "paper",
             again=lambda: observe(model, args, kwargs),
             cause=unheard(model, analysis.carriers),
         )

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.connections import CONNECTIONS, STARTS
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.kinds import MAX_STREAMS
 
 VERSION = 1
-INITS = ("preserve", "paper")
 COLLAPSES = ("mean", "sum")
 # Where a conversion starts, which sites it takes, what it keeps in memory: not what a site with given weights computes.
 _NO_FUNCTION = frozenset({"init", "include", "exclude", "min_sites", "recompute"})
@@ -29,7 +28,9 @@ class MHCConfig:
 
     Attributes:
         n_streams: expansion rate n, an int from 1 to 16. 1 leaves the model as it is.
-        init: `"preserve"` (the converted model computes the original function) or `"paper"` (arXiv:2512.24880).
+        init: how sites start. `"preserve"`: the converted model computes the original function and everything in it
+            learns; streams part at their first site, or, where something on the trunk is not linear, are equal as with
+            `"equal"`. `"near_identity"`: equal streams and an H_res that hardly moves. `"paper"`: arXiv:2512.24880.
         connection: how H_pre, H_post and H_res are made: a name in `mhc_rewrite.connections.CONNECTIONS`.
         sinkhorn_iterations: column and row normalisations of H_res, an int >= 1; the paper uses 20 [9].
         collapse: how n streams become one at the exit: `"mean"`, or `"sum"` with `init="paper"` only.
@@ -66,16 +67,16 @@ class MHCConfig:
         self._check_int("n_streams", 1, MAX_STREAMS)
         self._check_int("sinkhorn_iterations", 1, None)
         self._check_int("min_sites", 1, None)
-        self._check_choice("init", INITS)
+        self._check_choice("init", tuple(STARTS))
         self._check_choice("collapse", COLLAPSES)
         self._check_choice("connection", tuple(CONNECTIONS))
         number = isinstance(self.eps_norm, (int, float)) and not isinstance(self.eps_norm, bool)
         if not (number and 0 < self.eps_norm < math.inf):
             raise ConfigError(f"eps_norm must be a positive number, not {self.eps_norm!r}.")
         check_recompute(self.recompute)
-        if self.collapse == "sum" and self.init == "preserve":
+        if self.collapse == "sum" and self.init != "paper":
             raise ConfigError(
-                "collapse='sum' multiplies the output by n_streams, so it contradicts init='preserve'. "
+                f"collapse='sum' multiplies the output by n_streams, so it contradicts init={self.init!r}. "
                 "Use collapse='mean', or init='paper'."
             )
         if both := sorted(set(self.include) & set(self.exclude)):

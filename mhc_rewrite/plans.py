@@ -99,6 +99,7 @@ class ResidualStream:
         exit: where n become one: `<carrier>` of the last site.
         scope: the innermost module whose call runs the whole stream.
         lifted: operations on the trunk that act on every stream, `<module>: <operation>`.
+        nonlinear: those of `lifted` that do not keep the mean of the streams: with `init="preserve"` these start equal.
     """
 
     sites: tuple[ResidualSite, ...]
@@ -106,11 +107,16 @@ class ResidualStream:
     exit: str
     scope: str
     lifted: tuple[str, ...] = ()
+    nonlinear: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
         """C of the stream."""
         return self.sites[0].width
+
+    def start(self, init: str) -> str:
+        """How its sites start where a conversion was given `init`."""
+        return "equal" if init == "preserve" and self.nonlinear else init
 
 
 @dataclass(frozen=True)
@@ -282,7 +288,11 @@ def _site_count(sites: Sequence[ResidualSite]) -> str:
 def _plan_group(plan: RewritePlan, head: Text, added: Sequence[int | None], *more: RenderableType) -> RenderableType:
     parts: list[RenderableType] = [head]
     for index, (stream, parameters) in enumerate(itertools.zip_longest(plan.streams, added[: len(plan.streams)])):
-        parts += [Text(), _stream_head(index, stream, parameters), Padding(_sites_table(stream), (0, 0, 0, 2))]
+        parts += [
+            Text(),
+            _stream_head(index, stream, plan.config.init, parameters),
+            Padding(_sites_table(stream), (0, 0, 0, 2)),
+        ]
     if plan.rejections:
         parts += [Text(), Text(f"left alone: {plural(len(plan.rejections), 'place')}", style="bold")]
         parts.append(Padding(_rejections_table(plan.rejections), (0, 0, 0, 2)))
@@ -293,7 +303,7 @@ def _plan_group(plan: RewritePlan, head: Text, added: Sequence[int | None], *mor
     return Group(*parts)
 
 
-def _stream_head(index: int, stream: ResidualStream, parameters: int | None) -> Text:
+def _stream_head(index: int, stream: ResidualStream, init: str, parameters: int | None) -> Text:
     """Its size, where it begins and ends, and what acts on it between sites."""
     first = stream.sites[0]
     channels = "" if first.channel_dim == -1 else f" (dim {first.channel_dim})"
@@ -308,10 +318,16 @@ def _stream_head(index: int, stream: ResidualStream, parameters: int | None) -> 
     if stream.scope not in (stream.entry, stream.exit):
         head.append(f", within {module_name(stream.scope)}")
     if stream.lifted:
-        lifted = groups((tuple(text.partition(": ")) for text in stream.lifted), key=lambda parts: parts[2])
-        texts = ("; ".join(fold(m for m, _, _ in g)) + (f": {g[0][2]}" if g[0][2] else "") for g in lifted)
-        head.append("\n  lifted to every stream: " + ", ".join(texts))
+        head.append("\n  lifted to every stream: " + _operations(stream.lifted))
+    if stream.start(init) != init:
+        head.append(f"\n  starts with equal streams, since not linear: {_operations(stream.nonlinear)}")
     return head
+
+
+def _operations(named: Sequence[str]) -> str:
+    """`layers.{0..3}: relu, layers.{0..3}.norm: layer_norm` of texts `<module>: <operation>`."""
+    operations = groups((tuple(text.partition(": ")) for text in named), key=lambda parts: parts[2])
+    return ", ".join("; ".join(fold(m for m, _, _ in g)) + (f": {g[0][2]}" if g[0][2] else "") for g in operations)
 
 
 def _sites_table(stream: ResidualStream) -> Table:

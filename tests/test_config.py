@@ -83,7 +83,7 @@ NOT_INTS = (0, -1, 2.0, "4", None, True, math.nan)
         *(("n_streams", value, "an int from 1 to 16") for value in (*NOT_INTS, 17)),
         *(("sinkhorn_iterations", value, "an int of at least 1") for value in NOT_INTS),
         *(("min_sites", value, "an int of at least 1") for value in NOT_INTS),
-        *(("init", value, "'preserve', 'paper'") for value in ("Preserve", "", None, 1)),
+        *(("init", value, "'preserve', 'equal', 'near_identity', 'paper'") for value in ("Preserve", "", None, 1)),
         *(("collapse", value, "'mean', 'sum'") for value in ("max", None)),
         *(("connection", value, "'mhc', 'deepseek_v4', 'hc'") for value in ("mhc2", None)),
         *(("eps_norm", value, "a positive number") for value in (0, 0.0, -1e-6, "1e-6", None, True, math.nan)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -336,9 +337,12 @@ def test_autocast_does_not_reach_the_site(connection: str, trunk: torch.dtype) -
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
-def test_preserve(n: int) -> None:
+@pytest.mark.parametrize("init", ["equal", "near_identity"])
+def test_starts_with_equal_streams(init: str, n: int) -> None:
+    # "equal": 0.8 I + 0.2 / n everywhere.
+    off_diagonal = math.log(0.2 / n) - math.log(0.8 + 0.2 / n) if init == "equal" else -8.0
     for index in range(n + 2):
-        site = HyperConnection(WIDTH, MHCConfig(n_streams=n), index=index, dtype=F64)
+        site = HyperConnection(WIDTH, MHCConfig(n_streams=n, init=init), index=index, dtype=F64)
         assert not site.phi.any() and torch.equal(site.alpha, torch.full((3,), 0.01, dtype=F64))
         h = site.coefficients(state(Form(n=n)))
         assert torch.equal(h.post, torch.ones_like(h.post))
@@ -348,7 +352,7 @@ def test_preserve(n: int) -> None:
         assert (h.pre.sum(-1) - 1).abs().max() < 1e-15 * n
         for sums in (h.res.sum(-1), h.res.sum(-2)):
             assert (sums - 1).abs().max() < 1e-15 * n
-        off = torch.exp(torch.tensor(-8.0, dtype=F64))
+        off = torch.exp(torch.tensor(off_diagonal, dtype=F64))
         near_identity = (torch.eye(n, dtype=F64) * (1 - off) + off) / (1 + (n - 1) * off)
         torch.testing.assert_close(h.res, near_identity.expand_as(h.res), rtol=1e-13, atol=0)
 
@@ -374,10 +378,12 @@ def test_hc_start(n: int, init: str) -> None:
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 @pytest.mark.parametrize("connection", CONNECTIONS)
-def test_preserve_computes_the_residual_add(connection: str, channel_dim: int) -> None:
-    """On streams that have parted, too: the mean moves by y, and u is mostly the stream that the site prefers."""
+@pytest.mark.parametrize("init", ["equal", "near_identity"])
+def test_equal_streams_stay_equal(init: str, connection: str, channel_dim: int) -> None:
+    """On streams that have parted, the mean moves by y, and u is mostly the stream that the site prefers."""
     form = Form(connection, 4, channel_dim)
-    site = HyperConnection(WIDTH, MHCConfig(connection=connection), index=2, channel_dim=channel_dim, dtype=F64)
+    config = MHCConfig(connection=connection, init=init)
+    site = HyperConnection(WIDTH, config, index=2, channel_dim=channel_dim, dtype=F64)
     X, y = state(form), branch_output(form)
     axis = -2 if channel_dim == -1 else 1
     equal = X.select(axis, 0).unsqueeze(axis).expand_as(X)
@@ -407,7 +413,7 @@ def test_paper() -> None:
     assert (h.pre.sum(-1) - 2).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("init", ["preserve", "paper"])
+@pytest.mark.parametrize("init", ["preserve", "equal", "paper"])
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_reset_parameters_after_meta(connection: str, init: str) -> None:
     config = MHCConfig(n_streams=3, connection=connection, init=init)

@@ -44,6 +44,9 @@ LINEAR = (
     | frozenset("view reshape flatten unflatten contiguous clone to float double half bfloat16 type type_as".split())
 )
 
+# Of those element by element, the ones under which a mean of states is the mean of the results.
+KEEPING_MEANS = LINEAR | OFFSETS | frozenset("detach masked_fill neg negative positive where".split())
+
 # What takes a part of its first tensor.
 SLICING = frozenset("getitem select narrow unbind split chunk tensor_split split_with_sizes index_select".split())
 # Functions of a tensor that leave some of its tokens out, or repeat or add some.

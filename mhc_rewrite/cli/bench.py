@@ -114,7 +114,7 @@ def register(
         with working(f"Measuring {model}") as tell:
             for path in (json_file, csv_file, plot):
                 _check_folder(path)
-            plotted = _pyplot() if plot else None
+            plotted = pyplot("--plot") if plot else None
             on = _device(device)
             if threads:
                 torch.set_num_threads(threads)
@@ -213,15 +213,20 @@ def _write_csv(path: Path, measured: Sequence[Measured]) -> None:
         writer.writerows(dataclasses.asdict(one) for one in measured)
 
 
-def _pyplot() -> Any:
+def pyplot(what: str) -> Any:
+    """matplotlib's, which writes files.
+
+    Raises:
+        CommandError: `what` needs it, and it is not installed.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise CommandError('--plot needs matplotlib. Install it with: pip install "mhc-rewrite[demo]"') from error
+        raise CommandError(f'{what} needs matplotlib. Install it with: pip install "mhc-rewrite[demo]"') from error
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot
 
 
 def draw(pyplot: Any, path: Path, title: str, measured: Sequence[Measured]) -> None:

@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 import mhc_rewrite
-from mhc_rewrite.cli import bench, cost, listing, machine, spec
+from mhc_rewrite.cli import bench, cost, experiment, listing, machine, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.cli.options import Settings, Spec
 from mhc_rewrite.config import MAX_STREAMS
@@ -192,6 +192,7 @@ def _spinner(what: str) -> Iterator[Callable[[str], None]]:
 
 cost.register(app, _show, _working)
 bench.register(app, _show, _working)
+experiment.register(app, _show, _working)
 machine.register(app, _show, _working)
 
 if __name__ == "__main__":

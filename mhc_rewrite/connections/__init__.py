@@ -1,6 +1,6 @@
 """The table of connections: one relative of mHC, one file here and one line below."""
 
-from mhc_rewrite.connections.base import Connection
+from mhc_rewrite.connections.base import STARTS, Connection
 from mhc_rewrite.connections.deepseek_v4 import DEEPSEEK_V4
 from mhc_rewrite.connections.hc import HC
 from mhc_rewrite.connections.mhc import MHC
@@ -11,4 +11,4 @@ CONNECTIONS: dict[str, Connection] = {
     "hc": HC,
 }
 
-__all__ = ["CONNECTIONS", "Connection"]
+__all__ = ["CONNECTIONS", "STARTS", "Connection"]

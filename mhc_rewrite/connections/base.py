@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+# (phi, alpha, bias, n, index) -> None, in place. `index` is the site's place in its stream.
+Start = Callable[[Tensor, Tensor, Tensor, int, int], None]
+
+STARTS = {
+    "preserve": "the original function, and streams that part at the first site",
+    "equal": "the original function, and streams that stay equal until H_post has learned",
+    "near_identity": "the original function; H_res as good as the identity, where it stays",
+    "paper": "that of the connection's own source",
+}
 
 
 @dataclass(frozen=True)
@@ -16,15 +26,12 @@ class Connection:
         kind: a name in `mhc_rewrite.kernels.kinds.KINDS`: what becomes of the projected state.
         phi_shape: (n, C) -> shape of the projection.
         projection: (phi, n) -> phi as the operators take it, (n C, n^2 + 2n).
-        preserve: (phi, alpha, bias, n, index) -> None; in place, so that the site computes `x + F(x)`. `index` is the
-            site's place in its stream.
-        paper: the same signature; the initialisation of the source.
+        starts: how a site may begin, for every name in `STARTS`.
         source: paper or model that defines it.
     """
 
     kind: str
     phi_shape: Callable[[int, int], tuple[int, int]]
     projection: Callable[[Tensor, int], Tensor]
-    preserve: Callable[[Tensor, Tensor, Tensor, int, int], None]
-    paper: Callable[[Tensor, Tensor, Tensor, int, int], None]
+    starts: Mapping[str, Start]
     source: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_rewrite.connections.base import Connection
+from mhc_rewrite.connections.base import STARTS, Connection
 from mhc_rewrite.kernels.reference import split
 
 ALPHA = 0.01
@@ -36,4 +36,4 @@ def start(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
     res.fill_diagonal_(1.0)
 
 
-HC = Connection("hc", phi_shape, projection, start, start, "arXiv:2409.19606")
+HC = Connection("hc", phi_shape, projection, dict.fromkeys(STARTS, start), "arXiv:2409.19606")

@@ -30,6 +30,7 @@ from mhc_rewrite.errors import (
     UnsupportedModelError,
 )
 from mhc_rewrite.passes.find_carriers import find_carriers, too_short
+from mhc_rewrite.passes.lifting import Lift
 from mhc_rewrite.passes.link_streams import (
     LinkedStream,
     SiteRef,
@@ -354,16 +355,18 @@ def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Reje
 
 
 def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualStream:
-    lifted: list[str] = []
+    lifts: list[tuple[str, Lift]] = []
     for before, segment in zip((None, *linked.segments), linked.segments, strict=False):
         name = segment.call.name or "model"
         first, *rest = segment.trunk.sites
         if before is not None:
-            lifted += [f"{before.call.name or 'model'}: {lift.node.name}" for lift in before.trunk.after]
-            lifted += [f"{name}: {lift.node.name}" for lift in segment.trunk.before]
+            lifts += [(before.call.name or "model", lift) for lift in before.trunk.after]
+            lifts += [(name, lift) for lift in segment.trunk.before]
         for stretch in (first.lifts[: first.chain.index(first.read)], *(site.lifts for site in rest)):
-            lifted += [f"{name}: {lift.node.name}" for lift in reversed(stretch)]
-    return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(dict.fromkeys(lifted)))
+            lifts += [(name, lift) for lift in reversed(stretch)]
+    lifted = {f"{name}: {lift.node.name}": lift.linear for name, lift in lifts}
+    nonlinear = tuple(text for text, linear in lifted.items() if not linear)
+    return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(lifted), nonlinear)
 
 
 def _check_dtypes(plan: RewritePlan) -> None:

@@ -200,7 +200,8 @@ def _each_site(stream: ResidualStream) -> Iterable[ResidualSite]:
 
 
 def _of_stream(config: MHCConfig, stream: ResidualStream) -> MHCConfig:
-    """With a number of sites in place of `recompute="auto"`."""
+    """As the sites of this stream take it: with a start that fits, and a number in place of `recompute="auto"`."""
+    config = dataclasses.replace(config, init=stream.start(config.init))
     if config.recompute != "auto":
         return config
     from mhc_rewrite.cost import best_segment  # sympy takes its time

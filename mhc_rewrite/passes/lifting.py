@@ -34,6 +34,8 @@ class Lift:
         operands: other tensors it reads, gates say: they may not depend on the trunk.
         channel_dims: the trunk's layouts for which it acts per token.
         in_order: whether every token is still there, in the same order.
+        linear: whether the mean of the streams comes out as it would by itself, whatever the streams are; offsets that
+            are the same for all of them may be added.
     """
 
     node: fx.Node
@@ -42,6 +44,7 @@ class Lift:
     operands: tuple[fx.Node, ...] = ()
     channel_dims: tuple[int, ...] = (-1, 1)
     in_order: bool = True
+    linear: bool = True
 
 
 def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
@@ -62,13 +65,20 @@ def carried(node: fx.Node, carrier: nn.Module) -> list[Lift]:
     if candidates := _pointwise_operands(node, name, bare, inputs):
         reads = inputs if bare not in ("to", "type_as") else []  # these read no more than another tensor's form
         return [
-            Lift(node, trunk, "operand", tuple(other for other in reads if other is not trunk))
+            Lift(
+                node,
+                trunk,
+                "operand",
+                tuple(other for other in reads if other is not trunk),
+                linear=_keeps_means(node, trunk),
+            )
             for trunk in candidates
             if trunk.meta["shape"] == shape
             and (trunk.meta["dtype"].is_floating_point or trunk.meta["dtype"].is_complex)
         ]
     if first in inputs and (channel_dims := _normalizes(node, name)):
-        return [Lift(node, first, "norm", tuple(other for other in inputs if other is not first), channel_dims)]
+        gains = tuple(other for other in inputs if other is not first)
+        return [Lift(node, first, "norm", gains, channel_dims, linear=False)]
     moved = axis_operation(node, first.meta["shape"]) if first in inputs else None
     if moved is not None:
         operands = tuple(other for other in inputs if other is not first)
@@ -107,6 +117,13 @@ def _pointwise_operands(node: fx.Node, name: str, bare: str, inputs: list[fx.Nod
     return []
 
 
+def _keeps_means(node: fx.Node, trunk: fx.Node) -> bool:
+    name = vocabulary.name_of(node.target)
+    if "div" in name:
+        return node.args[0] is trunk and node.kwargs.get("rounding_mode") is None
+    return name in vocabulary.KEEPING_MEANS or name.rstrip("_") in vocabulary.KEEPING_MEANS
+
+
 def _normalizes(node: fx.Node, name: str) -> tuple[int, ...]:
     """The layouts in which a function is a norm over the features alone."""
     if name == "normalize":
@@ -141,24 +158,25 @@ def _applied_by_module(node: fx.Node, carrier: nn.Module) -> Lift | None:
         result: Tensor = module(*args, **kwargs)
         return result
 
-    if channel_dims := acts_per_token(module, call, first.meta["shape"], first.meta["dtype"]):
-        in_place = any(getattr(part, "inplace", False) for part in module.modules())
-        return Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims)
-    return None
+    channel_dims, linear = tried(module, call, first.meta["shape"], first.meta["dtype"])
+    if not channel_dims:
+        return None
+    in_place = any(getattr(part, "inplace", False) for part in module.modules())
+    return Lift(node, first, "module in place" if in_place else "module", channel_dims=channel_dims, linear=linear)
 
 
-def acts_per_token(
+def tried(
     module: nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[int, ...]:
-    """The trunk layouts for which a module, called in this way, treats every stream as if it were alone: by trying.
-
-    It is tried in training mode too, where BatchNorm's statistics would run over all streams.
+) -> tuple[tuple[int, ...], bool]:
+    """The trunk layouts for which a module, called in this way, treats every stream as if it were alone; and whether it
+    keeps means. By trying, in training mode too, where BatchNorm's statistics would run over all streams.
     """
     if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules()):
-        return ()
+        return (), False
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     if device.type == "meta":
-        return (-1, 1) if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()) else ()
+        alone = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+        return (-1, 1) if alone else (), isinstance(module, nn.Identity)
     generator = torch.Generator().manual_seed(0)
     # Of different means and sizes: statistics that run over both are then neither's.
     ones = [
@@ -173,7 +191,9 @@ def acts_per_token(
                 found.append(channel_dim)
         except Exception:
             continue  # it can't take the streams' shape, so it can't be lifted this way
-    return tuple(found)
+    return tuple(found), bool(found) and all(
+        _averages(module, call, ones, training, tolerance) for training in (False, True)
+    )
 
 
 def _acts_alone(
@@ -187,6 +207,16 @@ def _acts_alone(
         together = torch.stack(ones, dim)
         lifted = call(together) if channel_dim == -1 else streams.fold(call, together)
     return lifted.shape == alone.shape and torch.allclose(lifted, alone, atol=tolerance, rtol=tolerance)
+
+
+def _averages(
+    module: nn.Module, call: Callable[[Tensor], Tensor], ones: list[Tensor], training: bool, tolerance: float
+) -> bool:
+    with undisturbed(module):
+        module.train(training)
+        whole = call(torch.stack(ones).mean(0))
+        parts = torch.stack([call(x.clone()) for x in ones]).mean(0)
+    return torch.allclose(whole, parts, atol=tolerance, rtol=tolerance)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

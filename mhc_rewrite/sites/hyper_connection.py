@@ -50,7 +50,7 @@ class HyperConnection(KeepsPrecision):
     Args:
         width: C.
         config: expansion rate, connection, initialisation.
-        index: the site's place in its stream; decides which stream it mostly reads at the start.
+        index: the site's place in its stream; decides which streams it mostly reads and writes at the start.
         channel_dim: the axis of C in the block's input: -1, or 1 for channels-first trunks.
         device: of the parameters.
         dtype: of the parameters: fp64 in an fp64 model, fp32 otherwise.
@@ -84,8 +84,7 @@ class HyperConnection(KeepsPrecision):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Starts the parameters as `config.init` says; after `to_empty` too."""
-        connection = CONNECTIONS[self.config.connection]
-        start = connection.preserve if self.config.init == "preserve" else connection.paper
+        start = CONNECTIONS[self.config.connection].starts[self.config.init]
         start(self.phi, self.alpha, self.bias, self.config.n_streams, self.index)
 
     @torch.no_grad()

@@ -1,0 +1,101 @@
+"""`mhc-rewrite experiment`: what mhc_rewrite/insight/experiments finds, as a table, lines of JSON and a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mhc_rewrite.cli.bench import pyplot
+from mhc_rewrite.cli.errors import UsageError
+from mhc_rewrite.insight.experiments import EXPERIMENTS, Experiment, Result, run
+from mhc_rewrite.insight.experiments.base import variants
+from mhc_rewrite.printing import plain_table, plural
+
+Name = Annotated[
+    Optional[str],  # noqa: UP045 (read at run time by every supported Typer)
+    typer.Argument(metavar="[NAME]", help="Which; without it, the list of them.", show_default=False),
+]
+Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for NAME.jsonl and NAME.svg.")]
+Seeds = Annotated[int, typer.Option(min=2, help="Runs of each variant.")]
+Scale = Annotated[float, typer.Option(min=0.01, help="Factor for the number of steps of each run.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, of one thread each.")]
+
+
+def register(
+    app: typer.Typer,
+    show: Callable[[RenderableType], None],
+    working: Callable[[str], AbstractContextManager[Callable[[str], None]]],
+) -> None:
+    """Adds the command to an app. `show` prints; what is done within `working` fails with one message."""
+
+    @app.command("experiment")
+    def print_experiment(
+        name: Name = None, out: Out = Path("demo-output"), seeds: Seeds = 5, scale: Scale = 1.0, jobs: Jobs = 2
+    ) -> None:
+        """Train small models that differ in one thing; goes on where it was stopped."""
+        if name is None:
+            show(_list())
+            return
+        with working(f"Experiment {name}") as tell:
+            if name not in EXPERIMENTS:
+                raise UsageError(f"There is no experiment {name!r}. There are: {', '.join(EXPERIMENTS)}.")
+            experiment, drawn, progress = EXPERIMENTS[name], pyplot("experiment"), _Progress(tell)
+            try:
+                results = run(experiment, out / f"{name}.jsonl", seeds, scale, jobs, progress)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            figure = experiment.draw(drawn, results)
+            figure.savefig(out / f"{name}.svg")
+            drawn.close(figure)
+        show(Group(*tables(experiment, results), Text(f"results and picture: {out / name}.jsonl, .svg", style="dim")))
+
+
+class _Progress:
+    """`12 of 65 runs, 9 min left`, by the pace of this call's own runs."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell, self.began, self.there = tell, time.monotonic(), 0
+
+    def __call__(self, done: int, count: int, last: str) -> None:
+        text = f"{done} of {plural(count, 'run')}"
+        if last:
+            pace = (time.monotonic() - self.began) / (done - self.there)
+            text += f", {pace * (count - done) / 60:.0f} min left"
+        else:
+            self.there = done
+        self.tell(text)
+
+
+def _list() -> Table:
+    table = plain_table("name", "question")
+    for name, experiment in EXPERIMENTS.items():
+        table.add_row(name, experiment.question)
+    return table
+
+
+def tables(experiment: Experiment, results: Sequence[Result]) -> list[RenderableType]:
+    """A table for the runs from fresh weights and one for those from half-way, below what all have in common."""
+    one, seeds = results[0].job, len({result.job.seed for result in results})
+    facts = (
+        f"decoder over bytes of Python's sources: {one.layers} layers, C = {one.width}, n = {one.streams}; "
+        f"{one.steps} steps of {one.batch} x {one.length}, AdamW, lr {one.lr:g}; "
+        f"{plural(seeds, 'seed')}: mean ± standard deviation"
+    )
+    shown: list[RenderableType] = [Text(experiment.question, style="bold"), Text(facts, style="dim")]
+    found = variants(results)
+    for half_way in dict.fromkeys(half for _, half in found):
+        table = plain_table("from half-way" if half_way else "from fresh weights", *experiment.columns)
+        baseline = next(runs for (_, half), runs in found.items() if half is half_way)
+        for (variant, half), runs in found.items():
+            if half is half_way:
+                table.add_row(variant, *(cell(runs, baseline) for cell in experiment.columns.values()))
+        shown += [Text(), table]
+    return shown

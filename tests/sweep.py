@@ -114,11 +114,9 @@ def examine(build: Callable[[], nn.Module], row: dict[str, Any]) -> None:
 
 
 def _in_fp64(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
-    """The model and its example in fp64, or as they were where the model does not run in it or for minutes."""
+    """The model and its example in fp64, or as they were where the model does not run in it."""
     from mhc_rewrite.capture.examples import example_call
 
-    if type(model).__module__.startswith("torchvision.models.video"):  # convolutions over time: slow in fp64
-        return model.eval(), args, kwargs
     wide = copy.deepcopy(model).double().eval()
     try:
         wide_args, wide_kwargs = example_call(wide, None)

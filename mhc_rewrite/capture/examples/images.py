@@ -53,7 +53,7 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 def _of_channels(model: nn.Module, channels: int, usual: list[int], clips: bool) -> Iterator[tuple[int, ...]]:
     if clips:
-        yield channels, _FRAMES, 64, 64  # what takes any extent: a larger clip costs a minute in fp64
+        yield channels, _FRAMES, 32, 32  # what takes any extent: convolutions over time are slow, in fp64 above all
         yield channels, _FRAMES, 112, 112
         yield channels, 2 * _FRAMES, 224, 224
     built = [getattr(owner, name, None) for owner in (getattr(model, "patch_embed", None), model)

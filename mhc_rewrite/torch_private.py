@@ -128,6 +128,10 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 class MadeWhileTracing:
     """Holds what was made while Dynamo traced, as attributes: unlike a dict's items, these may come in the meantime."""
 
+    @torch.compiler.assume_constant_result
+    def name_of_last(self) -> str:  # a method: torch 2.11 takes no object for an argument of such a function
+        return list(self.__dict__)[-1]
+
 
 def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, called once, when Dynamo traces this; the compiled code finds the result in `holder`.
@@ -137,7 +141,7 @@ def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args:
     has then (VariableTracker) are its own business. Should they go, None is right: the graph breaks in that place.
     """
     comptime(_call_now)
-    return getattr(holder, _name_of_last(holder))
+    return getattr(holder, holder.name_of_last())
 
 
 def _call_now(context: Any) -> None:
@@ -152,11 +156,6 @@ def _call_now(context: Any) -> None:
         why = f"The graph breaks at a kind of call that is new to a converted module, since {error}."
         warnings.warn(f"{why} Call the model once in this way without torch.compile first.", stacklevel=2)
     setattr(holder, f"_{len(holder.__dict__)}", made)
-
-
-@torch.compiler.assume_constant_result
-def _name_of_last(holder: MadeWhileTracing) -> str:
-    return list(holder.__dict__)[-1]
 
 
 class _NoStandIn(Exception):

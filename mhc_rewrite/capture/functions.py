@@ -65,8 +65,11 @@ def opaque_calls(seen: Callable[..., Any], inline_checkpoints: bool) -> Iterator
     so can the Python that a function was scripted from: a fused `residual + dropout(x + bias)` holds the add.
     """
     thread = threading.get_ident()
-    apply: Any = torch.autograd.Function.__dict__["apply"].__func__
+    original: Any = torch.autograd.Function.__dict__["apply"]  # of Python or, from torch 2.14 on, of C
     run_script = torch.jit.ScriptFunction.__call__
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return original.__get__(None, cls)(*args, **kwargs)
 
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:

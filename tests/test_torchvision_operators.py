@@ -1,4 +1,4 @@
-"""torchvision's operators are defined where they are missing, and nowhere else: a second definition ends the process."""
+"""torchvision's operators are defined where they are missing alone: a second definition would end the process."""
 
 from __future__ import annotations
 

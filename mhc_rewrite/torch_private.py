@@ -40,8 +40,8 @@ class KeepsPrecision(nn.Module):
 def apply_as_now() -> Callable[..., Any]:
     """`torch.autograd.Function.apply` as it is now, as a function whose first argument is the class.
 
-    A method of Python in torch 2.10, 2.11 and 2.13, and one of C in 2.14, which holds no function. Should it go, what autograd
-    applies is not seen: tests/test_forms.py.
+    A method of Python in torch 2.10, 2.11 and 2.13, and one of C in 2.14, which holds no function. Should it go, what
+    autograd applies is not seen: tests/test_forms.py.
     """
     method: Any = torch.autograd.Function.__dict__["apply"]
     return lambda kind, *args, **kwargs: method.__get__(None, kind)(*args, **kwargs)

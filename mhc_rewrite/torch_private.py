@@ -1,4 +1,8 @@
-"""The places where no public PyTorch API exists. Read in torch 2.13.0."""
+"""The places where no public PyTorch API exists, and what differs between its versions: there is no other such place.
+
+Each was read in the sources of torch 2.10.0, 2.11.0, 2.13.0 and 2.14.1, and is the same in all four where no more is
+said of it.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,16 @@ class KeepsPrecision(nn.Module):
             return moved
 
         return super()._apply(keep_wide, recurse)
+
+
+def apply_as_now() -> Callable[..., Any]:
+    """`torch.autograd.Function.apply` as it is now, as a function whose first argument is the class.
+
+    A method of Python in torch 2.10, 2.11 and 2.13, and one of C in 2.14, which holds no function. Should it go, what
+    autograd applies is not seen: tests/test_forms.py.
+    """
+    method: Any = torch.autograd.Function.__dict__["apply"]
+    return lambda kind, *args, **kwargs: method.__get__(None, kind)(*args, **kwargs)
 
 
 def python_of(function: torch.jit.ScriptFunction) -> Callable[..., Any] | None:
@@ -128,6 +142,10 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 class MadeWhileTracing:
     """Holds what was made while Dynamo traced, as attributes: unlike a dict's items, these may come in the meantime."""
 
+    @torch.compiler.assume_constant_result
+    def name_of_last(self) -> str:
+        return list(self.__dict__)[-1]
+
 
 def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, called once, when Dynamo traces this; the compiled code finds the result in `holder`.
@@ -135,9 +153,11 @@ def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args:
     Tensors are zeros of their form there (booleans True), other objects as they have become in the trace. None where
     that can't be had. `torch._dynamo.comptime` is how Dynamo runs code of others while it traces; the values that it
     has then (VariableTracker) are its own business. Should they go, None is right: the graph breaks in that place.
+    In torch 2.10 and 2.11 a function whose result is taken for constant gets no objects as arguments, but a method may
+    be one's own; and what tracks a set is a kind of what tracks a dict.
     """
     comptime(_call_now)
-    return getattr(holder, _name_of_last(holder))
+    return getattr(holder, holder.name_of_last())
 
 
 def _call_now(context: Any) -> None:
@@ -152,11 +172,6 @@ def _call_now(context: Any) -> None:
         why = f"The graph breaks at a kind of call that is new to a converted module, since {error}."
         warnings.warn(f"{why} Call the model once in this way without torch.compile first.", stacklevel=2)
     setattr(holder, f"_{len(holder.__dict__)}", made)
-
-
-@torch.compiler.assume_constant_result
-def _name_of_last(holder: MadeWhileTracing) -> str:
-    return list(holder.__dict__)[-1]
 
 
 class _NoStandIn(Exception):
@@ -181,7 +196,7 @@ class _StandIns:
             return self._tensor(tracked.as_proxy().node.meta["example_value"])
         if isinstance(tracked, variables.SymNodeVariable):
             return tracked.sym_num.node.hint
-        if isinstance(tracked, variables.ConstDictVariable):
+        if isinstance(tracked, variables.ConstDictVariable) and issubclass(tracked.python_type(), dict):
             return {key.vt.as_python_constant(): self.of(value) for key, value in tracked.items.items()}
         if isinstance(tracked, variables.BaseListVariable) and not isinstance(tracked, variables.RangeVariable):
             return tracked.python_type()(self.of(item) for item in tracked.items)
@@ -229,8 +244,9 @@ def saved_tensors_hooks_on_top() -> tuple[Callable[..., Any], Callable[..., Any]
 def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """Inductor as a backend of `torch.compile` with these options, checked as `torch.compile` checks them.
 
-    The class is what `torch.compile` itself uses. Should it go, `torch._inductor.compile_fx.compile_fx(graph, inputs,
-    config_patches=options)` is what it calls, and `torch._inductor.list_mode_options(mode)` are a mode's options.
+    The class is what `torch.compile` itself uses; in torch 2.13 and 2.14 it takes a name too, which need not be given.
+    Should it go, `torch._inductor.compile_fx.compile_fx(graph, inputs, config_patches=options)` is what it calls, and
+    `torch._inductor.list_mode_options(mode)` are a mode's options.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
@@ -239,9 +255,9 @@ def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str, options: 
     """`run` as a pass on Inductor's joint graph, behind those that the user has asked for, here or in Inductor's own
     configuration. `uuid` becomes part of the key of the caches of compiled graphs; passes without one switch them off.
 
-    The option that takes it is `joint_custom_pre_pass`: one pass in torch 2.11, one or a list in 2.13, so that this is
-    one. Should either go, annotations of the joint graph have to find another hook, and tests/test_recompute.py fails
-    first.
+    The option that takes it is `joint_custom_pre_pass`: one pass in torch 2.10 and 2.11, one or a list in 2.13 and
+    2.14, so that this is one. Should either go, annotations of the joint graph have to find another hook, and
+    tests/test_recompute.py fails first.
     """
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass

@@ -216,8 +216,9 @@ def neox_parallel(layer: Any, call: Call) -> list[Step]:
 
 
 def gptj(layer: Any, call: Call) -> list[Step]:
-    """GPT-J and CodeGen."""
-    call.wrap = _with_attention
+    """GPT-J and CodeGen; from transformers 5.24 on, GPT-J's layers return their hidden states alone."""
+    if inspect.signature(type(layer).forward).return_annotation is not Tensor:
+        call.wrap = _with_attention
 
     def both(u: Tensor) -> Tensor:
         read = layer.ln_1(u)

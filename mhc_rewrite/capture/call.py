@@ -100,13 +100,13 @@ def _flatten(value: Any, path: str, key: list[Any], leaves: dict[str, Any]) -> N
     elif value is None:
         key.append((path, None))
     elif isinstance(value, PLAIN):
-        key.append((path, type(value).__name__, value))
+        key.append((path, type(value), value))
     elif type(value) is tuple or type(value) is list:
-        key.append((path, type(value).__name__, len(value)))
+        key.append((path, type(value), len(value)))
         for index, item in enumerate(value):
             _flatten(item, f"{path}.{index}", key, leaves)
     elif type(value) is dict and all(isinstance(name, str) for name in value):
-        key.append((path, "dict", tuple(value)))
+        key.append((path, dict, tuple(value)))
         for name, item in value.items():
             _flatten(item, f"{path}.{name}", key, leaves)
     else:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mhc_rewrite.capture import vocabulary
 from mhc_rewrite.capture.values import TRACED
-from mhc_rewrite.torch_private import python_of
+from mhc_rewrite.torch_private import apply_as_now, python_of
 
 if TYPE_CHECKING:
     from mhc_rewrite.capture.tracer import ModuleTracer
@@ -65,8 +65,7 @@ def opaque_calls(seen: Callable[..., Any], inline_checkpoints: bool) -> Iterator
     so can the Python that a function was scripted from: a fused `residual + dropout(x + bias)` holds the add.
     """
     thread = threading.get_ident()
-    apply: Any = torch.autograd.Function.__dict__["apply"].__func__
-    run_script = torch.jit.ScriptFunction.__call__
+    apply, run_script = apply_as_now(), torch.jit.ScriptFunction.__call__
 
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:

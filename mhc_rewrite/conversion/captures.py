@@ -6,6 +6,7 @@ read says the same in both.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
 from mhc_rewrite.passes.layouts import unify
 from mhc_rewrite.passes.parts import spell_out
 from mhc_rewrite.passes.same_site import Known, SiteKey, learned
-from mhc_rewrite.torch_private import without_hooks
+from mhc_rewrite.torch_private import saved_tensors_hooks_on_top, without_hooks
 
 # Attributes that say how a module is run and not what it computes: the mode is part of every key, and checkpointing
 # wraps a forward from outside.
@@ -209,7 +210,7 @@ def capture_forward(
         graph = traced()
         first = graph.outcomes
         if gradients and any(read.root is torch.is_grad_enabled for read in graph.reads):
-            with torch.enable_grad():  # it asks: as in the call that it is made for
+            with torch.enable_grad(), _nobody_told_of_what_is_saved():  # it asks: as in the call that it is made for
                 graph = traced()
         if any(read.root is torch.compiler.is_compiling for read in graph.reads):
             _check_compiled(graph, traced)
@@ -217,6 +218,13 @@ def capture_forward(
         unify(graph.graph)
         with torch.no_grad():
             return graph, find_residuals(graph, module, known)
+
+
+def _nobody_told_of_what_is_saved() -> contextlib.AbstractContextManager[Any]:
+    """A checkpoint around a call counts what the call saves, and would count what its capture saves beside it."""
+    if saved_tensors_hooks_on_top() is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _agree(residuals: Residuals, other: Residuals, known: Mapping[SiteKey, Known]) -> bool:

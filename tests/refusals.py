@@ -89,6 +89,25 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
+class Exchanging(nn.Module):
+    """Long inputs go through another module than short ones, made at the first of them; as BigBird's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.kind = "long"
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = "short" if x.shape[1] < 8 else "long"
+        if kind != self.kind:
+            self.kind = kind
+            for layer in self.layers:
+                layer.linear = nn.Sequential(layer.linear, nn.Tanh())
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Carried(Block):
     """A block whose trunk lies in an object."""
 
@@ -319,6 +338,8 @@ REFUSALS = {
     "a module of two streams and nothing else": Refusal(
         in_two_streams, UnsupportedModelError,
         ("'layers.0'", "two residual streams", "give each stream a module of its own.")),
+    "modules that are exchanged": Refusal(
+        Exchanging, UnsupportedModelError, ("exchanges or adds the module 'layers.0.linear'", "Call it once with")),
     # forwards that can't be captured
     "a branch on content": Refusal(
         lambda: Stack(Block(), Branching(), Block(), Block()), CaptureError,

@@ -123,7 +123,9 @@ def _in_fp64(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, 
         if {k: _form(v) for k, v in wide_kwargs.items()} != {k: _form(v) for k, v in kwargs.items()}:
             return model.eval(), args, kwargs
         with torch.no_grad():
-            results = sweep_oracle.tensors_of(wide(*copy.deepcopy(wide_args), **copy.deepcopy(wide_kwargs)))
+            results = sweep_oracle.tensors_of(
+                copy.deepcopy(wide)(*copy.deepcopy(wide_args), **copy.deepcopy(wide_kwargs))
+            )
         if all(bool(t.isfinite().all()) for t in results):
             return wide, wide_args, wide_kwargs
     except Exception:

@@ -11,6 +11,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ def alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(*roots: nn.Module) -> Iterator[None]:
-    """Inside, modules may be run; outside, their buffers, plain attributes and the random states are as before.
+    """Inside, modules may be run; outside, children, buffers, plain attributes and the random states are as before.
 
     No gradients are recorded and nothing is compiled. Caches that are passed in as arguments are the caller's to copy.
     """
@@ -113,6 +114,9 @@ def _put_back(roots: tuple[nn.Module, ...]) -> Iterator[None]:
     buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
     copies = {id(b): b.detach().clone() for _, _, b in buffers}
     attributes = [(m, {n: v for n, v in m.__dict__.items() if isinstance(v, _PLAIN)}) for m in modules]
+    trees: list[tuple[Any, dict[str, Any]]] = [
+        (held, dict(held)) for m in modules for held in (m._modules, m._parameters)
+    ]
     random_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state(legacy=False) if numpy is not None else None
@@ -126,6 +130,10 @@ def _put_back(roots: tuple[nn.Module, ...]) -> Iterator[None]:
         random.setstate(random_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+        for held, before in trees:  # with the attributes that say which child is in use
+            if held.keys() != before.keys() or any(held[name] is not child for name, child in before.items()):
+                held.clear()
+                held.update(before)
         for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
         for owner, plain in attributes:  # the mode among them

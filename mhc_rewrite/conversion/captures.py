@@ -24,7 +24,7 @@ from mhc_rewrite.capture.reads import holds
 from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.capture.trace import trace
 from mhc_rewrite.capture.tracer import capture_error
-from mhc_rewrite.errors import CaptureError, MHCError
+from mhc_rewrite.errors import CaptureError, MHCError, UnsupportedModelError
 from mhc_rewrite.passes.find_residuals import Residuals, find_residuals
 from mhc_rewrite.passes.layouts import unify
 from mhc_rewrite.passes.parts import spell_out
@@ -85,7 +85,9 @@ class Captures:
             with undisturbed(self.model):
                 self.model.train(training)
                 args, kwargs = as_now((args, kwargs))
+                children = dict(self.model.named_modules())
                 self.model(*args, **kwargs)
+                _check_children(children, dict(self.model.named_modules()))
         finally:
             for handle in handles:
                 handle.remove()
@@ -225,6 +227,16 @@ def _nobody_told_of_what_is_saved() -> contextlib.AbstractContextManager[Any]:
     if saved_tensors_hooks_on_top() is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _check_children(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> None:
+    """A forward that exchanges modules leaves others behind than those that it was called with."""
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) is not after.get(name):
+            raise UnsupportedModelError(
+                f"A call of the model exchanges or adds the module {name!r}, so that what it is made of depends on "
+                "the calls before. Call it once with these example inputs, outside of mhcify, and convert it then."
+            )
 
 
 def _agree(residuals: Residuals, other: Residuals, known: Mapping[SiteKey, Known]) -> bool:

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import variables
-from torch._dynamo.comptime import comptime
 
 
 class KeepsPrecision(nn.Module):
@@ -139,10 +137,20 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, reason=why)
 
 
+def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which Dynamo calls while it traces and whose result it takes for a constant.
+
+    As torch.compiler.assume_constant_result, which imports Dynamo for it, a second or more. Should the attribute go,
+    compiled graphs break at these functions: tests/test_ops.py.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class MadeWhileTracing:
     """Holds what was made while Dynamo traced, as attributes: unlike a dict's items, these may come in the meantime."""
 
-    @torch.compiler.assume_constant_result
+    @constant_while_tracing
     def name_of_last(self) -> str:
         return list(self.__dict__)[-1]
 
@@ -156,6 +164,8 @@ def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args:
     In torch 2.10 and 2.11 a function whose result is taken for constant gets no objects as arguments, but a method may
     be one's own; and what tracks a set is a kind of what tracks a dict.
     """
+    from torch._dynamo.comptime import comptime
+
     comptime(_call_now)
     return getattr(holder, holder.name_of_last())
 
@@ -192,6 +202,8 @@ class _StandIns:
         return self.made[id(tracked)]
 
     def _make(self, tracked: Any) -> Any:
+        from torch._dynamo import variables
+
         if tracked.is_tensor():
             return self._tensor(tracked.as_proxy().node.meta["example_value"])
         if isinstance(tracked, variables.SymNodeVariable):

@@ -24,7 +24,7 @@ from mhc_rewrite.conversion.analysis import Analysis
 from mhc_rewrite.conversion.captures import CallKind, Captured
 from mhc_rewrite.conversion.converted import called_site
 from mhc_rewrite.conversion.hooks import OnTheTrunk, adapt, give_back
-from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role
+from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role, meet_dynamo
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
@@ -54,6 +54,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
         hides_sites: a container's: what iterates, counts or indexes it does not see the sites among its children.
     """
     original = base.forward
+    meet_dynamo()
     scripted_calls_take(plain)  # code between the layers may be TorchScript's
 
     @functools.wraps(original)

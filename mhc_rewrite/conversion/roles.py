@@ -6,6 +6,7 @@ of a model that share roles don't meet.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,14 @@ from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.sites import recompute, streams
-from mhc_rewrite.sites.state import StreamState, is_state, plain, state, streams_of
-from mhc_rewrite.torch_private import MadeWhileTracing, has_hooks, outside_graphs, while_tracing
+from mhc_rewrite.sites.state import KINDS, StreamState, is_state, plain, state, streams_of
+from mhc_rewrite.torch_private import (
+    MadeWhileTracing,
+    has_hooks,
+    never_an_input_of_graphs,
+    outside_graphs,
+    while_tracing,
+)
 
 # Variants that differ in nothing but what their Python read: so many are kept.
 _KEPT = 8
@@ -292,7 +299,6 @@ class CarrierRole:
             return self.capture(module, original, bound, leaves, arriving, leaving)  # on fake tensors
         return self.capture_and_add(module, original, bound, key, leaves, arriving, leaving)
 
-    @outside_graphs
     def capture_and_add(
         self, module: nn.Module, original: Callable[..., Any], bound: dict[str, Any], key: Any, leaves: dict[str, Any],
         arriving: tuple[int, ...], leaving: tuple[int, ...], answers: tuple[Any, ...] = (),
@@ -452,6 +458,14 @@ class Role:
         if not self.name and any(isinstance(leaf, StreamState) for leaf in tree_leaves(result)):
             return tree_map(plain, result)
         return result
+
+
+@functools.cache
+def meet_dynamo() -> None:
+    """Tells Dynamo of states and captures. At the first conversion: it takes more than a second to import."""
+    for kind in KINDS.values():
+        never_an_input_of_graphs(kind)
+    CarrierRole.capture_and_add = outside_graphs(CarrierRole.capture_and_add)  # type: ignore[method-assign]
 
 
 def _made(

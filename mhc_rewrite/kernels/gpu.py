@@ -6,13 +6,24 @@ Triton comes with torch's GPU builds. Where it is missing nothing here is called
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import Any
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
 
-if AVAILABLE:
-    from mhc_rewrite.kernels.triton_boundary import boundary, pre
-    from mhc_rewrite.kernels.triton_boundary_backward import boundary_backward, pre_backward
-    from mhc_rewrite.kernels.triton_post import post, post_backward
+_FILES = {
+    "boundary": "triton_boundary",
+    "boundary_backward": "triton_boundary_backward",
+    "post": "triton_post",
+    "post_backward": "triton_post",
+    "pre": "triton_boundary",
+    "pre_backward": "triton_boundary_backward",
+}
 
-__all__ = ["AVAILABLE", "boundary", "boundary_backward", "post", "post_backward", "pre", "pre_backward"]
+
+def __getattr__(name: str) -> Any:
+    """An operator, at its first use: Triton takes most of a second to import."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mhc_rewrite.kernels.{_FILES[name]}"), name)

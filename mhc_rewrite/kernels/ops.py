@@ -35,7 +35,7 @@ from mhc_rewrite.errors import KernelError
 from mhc_rewrite.kernels import aten, cpu, gpu
 from mhc_rewrite.kernels.checks import on_one_device
 from mhc_rewrite.kernels.kinds import KINDS, MAX_STREAMS, streams_of
-from mhc_rewrite.torch_private import decompose_in_compiled_graphs
+from mhc_rewrite.torch_private import constant_while_tracing, decompose_in_compiled_graphs
 
 Outputs = tuple[Tensor, ...]
 
@@ -72,7 +72,7 @@ def _code_in_graphs() -> str:
     return _code() if torch.compiler.is_compiling() else ""
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _code() -> str:
     """What an operator becomes in a compiled graph, as a name; its last argument there.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mhc_rewrite.sites.streams import collapse_gradient, one_stream, read_mean, spread_gradient
-from mhc_rewrite.torch_private import never_an_input_of_graphs
+from mhc_rewrite.torch_private import constant_while_tracing
 
 # What every stream answers as the mean does.
 _FORM = frozenset({"shape", "size", "dtype", "device", "dim", "ndim", "numel", "nelement", "layout", "is_cuda",
@@ -79,9 +79,7 @@ class StreamState(Tensor):
 
 def _kind(channel_dim: int, reads_as: str) -> type[StreamState]:
     name = f"StreamState_{reads_as}_{'last' if channel_dim == -1 else channel_dim}"
-    kind = type(name, (StreamState,), {"channel_dim": channel_dim, "reads_as": reads_as, "__module__": __name__})
-    never_an_input_of_graphs(kind)
-    return kind
+    return type(name, (StreamState,), {"channel_dim": channel_dim, "reads_as": reads_as, "__module__": __name__})
 
 
 KINDS = {(dim, how): _kind(dim, how) for dim in (-1, 1) for how in ("mean", "itself")}
@@ -167,7 +165,7 @@ def _made(streams: Tensor, kind: type[StreamState], number: int, turns: int, in_
     return state(streams, kind.channel_dim, kind.reads_as, number, turns, in_graph)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _name_of(func: Any) -> str:
     name: str = getattr(func, "__name__", "")
     return func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name

@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = '<testsuites><testsuite tests="9" skipped="2" failures="1" errors="1"/></testsuites>'
 
 
-not_fast = (
-    pytest.mark.slow
-)  # though they are: the table is about the fast tests, which could not pass before it says so
+# Not among the fast tests, quick as they are: the table is of those, which could not pass before it says that they do.
+not_fast = pytest.mark.slow
 
 
 def rows() -> dict[str, dict[str, str]]:

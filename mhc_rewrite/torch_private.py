@@ -1,7 +1,6 @@
 """The places where no public PyTorch API exists, and what differs between its versions: there is no other such place.
 
-Each was read in the sources of torch 2.10.0, 2.11.0, 2.13.0 and 2.14.1, and is the same in all four where no more is
-said of it.
+Each was read in the sources of torch 2.11.0, 2.13.0 and 2.14.1, and is the same in all three where no more is said.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class KeepsPrecision(nn.Module):
 def apply_as_now() -> Callable[..., Any]:
     """`torch.autograd.Function.apply` as it is now, as a function whose first argument is the class.
 
-    A method of Python in torch 2.10, 2.11 and 2.13, and one of C in 2.14, which holds no function. Should it go, what
+    A method of Python in torch 2.11 and 2.13, and one of C in 2.14, which holds no function. Should it go, what
     autograd applies is not seen: tests/test_forms.py.
     """
     method: Any = torch.autograd.Function.__dict__["apply"]
@@ -161,8 +161,9 @@ def while_tracing(holder: MadeWhileTracing, function: Callable[..., Any], *args:
     Tensors are zeros of their form there (booleans True), other objects as they have become in the trace. None where
     that can't be had. `torch._dynamo.comptime` is how Dynamo runs code of others while it traces; the values that it
     has then (VariableTracker) are its own business. Should they go, None is right: the graph breaks in that place.
-    In torch 2.10 and 2.11 a function whose result is taken for constant gets no objects as arguments, but a method may
-    be one's own; and what tracks a set is a kind of what tracks a dict.
+    In torch 2.11 a function whose result is taken for constant gets no objects as arguments, but a method may
+    be one's own; what tracks a set is a kind of what tracks a dict; and the flag that `torch.compiler.is_compiling`
+    reads is not set while Dynamo traces, as it is in 2.13 and 2.14.
     """
     from torch._dynamo.comptime import comptime
 
@@ -177,7 +178,8 @@ def _call_now(context: Any) -> None:
     made = None
     try:
         function, args = (stand_ins.of(scope.symbolic_locals[name]) for name in ("function", "args"))
-        made = function(*args)
+        with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+            made = function(*args)
     except _NoStandIn as error:
         why = f"The graph breaks at a kind of call that is new to a converted module, since {error}."
         warnings.warn(f"{why} Call the model once in this way without torch.compile first.", stacklevel=2)
@@ -267,9 +269,9 @@ def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str, options: 
     """`run` as a pass on Inductor's joint graph, behind those that the user has asked for, here or in Inductor's own
     configuration. `uuid` becomes part of the key of the caches of compiled graphs; passes without one switch them off.
 
-    The option that takes it is `joint_custom_pre_pass`: one pass in torch 2.10 and 2.11, one or a list in 2.13 and
-    2.14, so that this is one. Should either go, annotations of the joint graph have to find another hook, and
-    tests/test_recompute.py fails first.
+    The option that takes it is `joint_custom_pre_pass`: one pass in torch 2.11, one or a list in 2.13 and 2.14, so that
+    this is one. Should either go, annotations of the joint graph have to find another hook, and tests/test_recompute.py
+    fails first.
     """
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass

@@ -8,7 +8,6 @@ traced, no module is looked into, and nothing of the original is changed.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import sys
@@ -100,11 +99,11 @@ class Run(TorchFunctionMode):
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name)))
             handles.append(module.register_forward_hook(self._left, always_call=True))
-        apply = torch.autograd.Function.__dict__["apply"].__func__
+        method = torch.autograd.Function.__dict__["apply"]  # of Python or, in torch 2.14, of C
 
         def applied(kind: Any, *given: Any, **options: Any) -> Any:
             """A function with a backward of its own is one call; torch's, checkpoints say, are seen through."""
-            call = functools.partial(apply, kind)
+            call = method.__get__(None, kind)
             if kind.__module__.startswith("torch."):
                 return call(*given, **options)
             with torch._C.DisableTorchFunction():

@@ -210,7 +210,12 @@ def test_export_of_calls_that_were_not_seen(name: str, strict: bool) -> None:
     kwargs, other = inputs(2, 9), inputs(3, 6)
     forget_calls(model)
     free = {key: FREE[key] for key in kwargs}
-    program = torch.export.export(model, (), kwargs, dynamic_shapes=free, strict=strict)
+    try:
+        program = torch.export.export(model, (), kwargs, dynamic_shapes=free, strict=strict)
+    except torch._dynamo.exc.UserError:
+        with pytest.raises(torch._dynamo.exc.UserError):
+            torch.export.export(build().eval(), (), kwargs, dynamic_shapes=free, strict=strict)
+        pytest.skip("this torch can't export the original with such sizes free")
     assert torch.allclose(program.module()(**other)[0], model(**other)[0], atol=1e-5)
 
 

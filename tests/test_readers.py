@@ -516,8 +516,32 @@ def test_a_loop_under_a_checkpoint(layer: type[nn.Module], reentrant: bool) -> N
         assert torch.allclose(got.grad, theirs, rtol=1e-10, atol=1e-12)
 
 
+def compiled_regions_hand_on_attributes() -> bool:
+    """Whether Dynamo knows what an attribute of a tensor is that a checkpointed region made and the next one reads."""
+
+    class Tagged(Tensor):
+        pass
+
+    def tag(given: Tensor) -> Tensor:
+        made = given.sin().as_subclass(Tagged)
+        made.tag = given.cos()
+        return made
+
+    def run(given: Tensor) -> Tensor:
+        made = checkpoint(tag, given, use_reentrant=False)
+        return checkpoint(torch.exp, made.tag, use_reentrant=False)
+
+    try:
+        torch.compile(run, backend="eager", fullgraph=True)(torch.ones(2, requires_grad=True))
+    except AssertionError:
+        return False
+    return True
+
+
 def test_compiled_checkpoints() -> None:
     """A state passes a region that Dynamo makes a graph of its own."""
+    if not compiled_regions_hand_on_attributes():
+        pytest.skip("Dynamo fails in this torch where a checkpointed region hands on a tensor with an attribute")
     _, model = converted()
     want = torch.autograd.grad(model(x).cos().sum(), list(model.parameters()))
     blocks = [block.forward for block in model.blocks]

@@ -34,7 +34,7 @@ def direct_sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
 def decimal_sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
     """The same for one matrix in decimal arithmetic, whose exponents end nowhere near exp(1e4): no care is needed."""
     n = len(logits)
-    with decimal.localcontext(prec=40):
+    with decimal.localcontext(decimal.Context(prec=40)):
         m = [[Decimal(a).exp() for a in row] for row in logits.double().tolist()]
         for _ in range(iterations):
             columns = [sum(row[j] for row in m) for j in range(n)]

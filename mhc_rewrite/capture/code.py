@@ -5,16 +5,17 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import os
 import sysconfig
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-_OWN_CODE = str(Path(__file__).parents[1]) + "/"
-_TORCH_CODE = str(Path(torch.__file__).parent) + "/"
+# As code objects have it: a Path would leave out the "." of an entry of sys.path.
+_OWN_CODE = os.path.dirname(os.path.dirname(__file__)) + "/"
+_TORCH_CODE = os.path.dirname(torch.__file__) + "/"
 WRAPPERS = (_TORCH_CODE + "_compile.py", _TORCH_CODE + "_dynamo/")
 _STANDARD = sysconfig.get_paths()["stdlib"] + "/"
 _PACKAGES = sysconfig.get_paths()["purelib"] + "/"

@@ -7,6 +7,7 @@ through code that is never traced, by the identity of the tensors that pass.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import weakref
@@ -27,9 +28,10 @@ from mhc_rewrite.capture.functions import has_backward, opaque_calls
 from mhc_rewrite.capture.sums import Sums
 from mhc_rewrite.plans import SourceLine
 
-_OWN_CODE = f"{Path(__file__).parents[1]}{os.sep}"
-_TORCH_CODE = f"{Path(torch.__file__).parent}{os.sep}"
-_TORCH_MODULES = f"{Path(nn.__file__).parent / 'modules'}{os.sep}"
+# As code objects have it: a Path would leave out the "." of an entry of sys.path.
+_OWN_CODE = f"{os.path.dirname(os.path.dirname(__file__))}{os.sep}"
+_TORCH_CODE = f"{os.path.dirname(torch.__file__)}{os.sep}"
+_TORCH_MODULES = f"{os.path.dirname(nn.__file__)}{os.sep}modules{os.sep}"
 
 
 def user_line() -> SourceLine | None:
@@ -43,7 +45,7 @@ def user_line() -> SourceLine | None:
     return None
 
 
-Frame = tuple[str, str, int, int]  # file, function, line, and the instruction within the function
+Frame = tuple[str, str, int, str]  # file, function, line, and which of the operations of the line
 
 
 def frames_within(outermost: tuple[CodeType, ...]) -> tuple[Frame, ...]:
@@ -53,9 +55,24 @@ def frames_within(outermost: tuple[CodeType, ...]) -> tuple[Frame, ...]:
     while frame is not None and frame.f_code not in outermost:
         file = frame.f_code.co_filename
         if not file.startswith(_OWN_CODE):
-            frames.append((file, frame.f_code.co_name, frame.f_lineno or 0, frame.f_lasti))
+            frames.append((file, frame.f_code.co_name, frame.f_lineno or 0, _operation(frame.f_code, frame.f_lasti)))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(reversed(frames))
+
+
+def _operation(code: CodeType, instruction: int) -> str:
+    """The columns of what is being run: of `return x + (a if c else b)`, Python may make an instruction for each way.
+
+    Python 3.10 has no columns.
+    """
+    first, last = _columns(code)[instruction // 2] if hasattr(code, "co_positions") else (None, None)
+    return f"at {instruction}" if first is None else f"{first}-{last}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(code: Any) -> tuple[tuple[int | None, int | None], ...]:
+    """Of each instruction of a function."""
+    return tuple((first, last) for _, _, first, last in code.co_positions())
 
 
 def is_user_code(file: str, function: str) -> bool:

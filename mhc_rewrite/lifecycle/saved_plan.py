@@ -323,9 +323,9 @@ def _with_lines(saved: SavedPlan, place: Callable[[str, int], tuple[str, int]]) 
 
     def named(key: SiteKey) -> SiteKey:
         frames = []
-        for file, function, line, instruction in key.frames:
+        for file, function, line, operation in key.frames:
             there, number = place(file, line)
-            frames.append((there, function, number, instruction))
+            frames.append((there, function, number, operation))
         return replace(key, frames=tuple(frames))
 
     streams = tuple(

@@ -11,7 +11,7 @@ EXTRAS := demo,docs,export,hf,peers,test,vision
 # One thread a test process: two processes with two threads each on two cores wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo bench-cpu gpu-check test test-fast test-kernels compatibility lint types format docs docs-serve clean
+.PHONY: help install demo bench-cpu gpu-check test test-fast test-long test-kernels compatibility lint types format docs docs-serve clean
 .DEFAULT_GOAL := help
 # A virtual environment that could not be made is no virtual environment the next time either.
 .DELETE_ON_ERROR:
@@ -39,11 +39,14 @@ bench-cpu: $(STAMP) ## the designs of a site's operators on this CPU, beside a c
 gpu-check: $(STAMP) ## check and time the operators on a GPU, or check them on the CPU where there is none
 	$(BIN)/python demos/gpu_check.py
 
-test: lint types ## lint, type check and all tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+test: lint types ## lint, type check and the tests (within 20 minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" $(PYTEST_ARGS)
 
-test-fast: $(STAMP) ## the tests that are not marked slow (within 2 minutes)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+test-fast: $(STAMP) ## the tests that are not marked slow (about 8 minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP) ## the tests that the others leave out (about 8 minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long $(PYTEST_ARGS)
 
 test-kernels: $(STAMP) ## Triton: every size, dtype and configuration, interpreted and compiled (many hours)
 	$(TEST_ENV) MHC_WHOLE_GRID=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_kernels_interpreted.py tests/test_kernel_compile.py $(PYTEST_ARGS)

@@ -37,7 +37,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 def run(session: nox.Session) -> None:
     session.install(*SESSIONS[session.name][1], "-e", f".[{EXTRAS}]")
-    tests = ("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", "-m", "not slow")
+    tests = ("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", "-m", "not slow and not long")
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if session.posargs:
         session.run(*tests, *session.posargs, env=threads)

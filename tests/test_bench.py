@@ -129,6 +129,7 @@ def load_with_cold_caches() -> tuple[nn.Module, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compilation_starts_without_caches() -> None:
     workload = Workload(load_with_cold_caches, training=False)
     for _ in range(2):
@@ -142,6 +143,7 @@ def test_an_error_in_a_fresh_process_is_the_caller_s() -> None:
 
 @linux
 @pytest.mark.slow
+@pytest.mark.long
 def test_peak_memory_is_the_cost_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak over the original's, 24 sites, with and without recomputation: within 10 %."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "demos"))

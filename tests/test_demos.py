@@ -162,6 +162,7 @@ def test_compile_and_bench(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in measured)
 
 
+@pytest.mark.long
 def test_memory(tmp_path: Path) -> None:
     """The states that are kept are those that the cost model says, and the rest does not depend on L_r."""
     printed = run("memory.py", tmp_path, "--layers", "4", "--width", "24", "--length", "8", "--no-memory")

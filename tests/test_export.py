@@ -153,6 +153,7 @@ def test_other_programs_need_the_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_portable_package_of_aotinductor_loads_without_the_package(tmp_path: Path) -> None:
     model, x, _ = stack(**SHORT)
     file = str(tmp_path / "model.pt2")

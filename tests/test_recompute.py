@@ -133,13 +133,13 @@ def test_kept_states() -> None:
     model = blocks(12)
     want = step(model, model, inputs())
     kept = {}
-    for length in (1, 2, 3, 4, 6, 12, "auto"):
+    for length in (1, 3, 12, "auto"):
         run = compiled(model, length)
         kept[length] = saved(model, run)
         assert worst(step(model, run, inputs()), want) <= 1e-3
     least = kept[12]
     assert {k: (v - least) / UNIT for k, v in kept.items()} == {
-        1: 11 * N, 2: 5 * N, 3: 3 * N, 4: 2 * N, 6: N, 12: 0, "auto": 3 * N,
+        1: 11 * N, 3: 3 * N, 12: 0, "auto": 3 * N,
     }  # fmt: skip
     # Beside the states: every block's output, what its norm and linear need, and x twice, before and after the first.
     assert least < 30 * UNIT and kept["auto"] < 0.5 * saved(model, compiled(model, None))
@@ -232,6 +232,7 @@ def test_layers_that_the_user_checkpoints(recompute: int | None) -> None:
 
 @pytest.mark.slow
 @NOT_REPLAYED
+@pytest.mark.long
 def test_transformers_gradient_checkpointing() -> None:
     family = BY_NAME["GPT-2"]
     args, kwargs = family.arguments(torch.float32)

@@ -169,6 +169,7 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ("inductor", "mhc"))
+@pytest.mark.long
 def test_trainer_compiles_with_padding(backend: str, tmp_path: Path) -> None:
     """A mask, and `num_items_in_batch`: calls that no eager one has shown."""
     if backend not in torch._dynamo.list_backends(exclude_tags=()):  # in a checkout that is not installed
@@ -418,6 +419,7 @@ def test_checkpointing_switched_on_before(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("before", (False, True))
 @torch.no_grad()  # on a CPU torch has no backward for it
+@pytest.mark.long
 def test_flex_attention(before: bool) -> None:
     model = llama()
     if before:

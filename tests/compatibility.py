@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+import torch
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 PACKAGES = ("torch", "triton", "transformers", "torchvision", "timm", "peft", "numpy")
 COLUMNS = ("session", "Python", *PACKAGES, "passed", "skipped", "failed")
@@ -24,7 +26,7 @@ def row(session: str, report: Path) -> list[str]:
         sum(int(suite.attrib[count]) for suite in suites) for count in ("tests", "skipped", "failures", "errors")
     )
     passed = total - skipped - failed - broken
-    versions = (metadata.version(package) for package in PACKAGES)
+    versions = (torch.__version__ if package == "torch" else metadata.version(package) for package in PACKAGES)
     return [session, platform.python_version(), *versions, f"{passed:,}", f"{skipped:,}", f"{failed + broken:,}"]
 
 

@@ -6,6 +6,9 @@ All compare with one process: the same model converted with the same perturbed s
 from __future__ import annotations
 
 import itertools
+import os
+import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torchvision_operators import define_torchvision_operators
 
 from handmade.common import WIDTH, PreNorm, Stack
-from mhc_rewrite import HyperConnection, mhcify, unmhcify
+from mhc_rewrite import HyperConnection, mhcify, plan, unmhcify
 from mhc_rewrite.errors import MHCError
 from oracle import perturb
 
@@ -31,9 +38,19 @@ def batch(rank: int | None = None) -> Tensor:
     return x if rank is None else x.chunk(dist.get_world_size())[rank]
 
 
+class Scaled(PreNorm):
+    """A layer that may be called in two ways."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return super().forward(x)
+        x = x + scale * self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
 def plain(layers: int = LAYERS) -> Any:
     torch.manual_seed(0)
-    return Stack([PreNorm() for _ in range(layers)])
+    return Stack([Scaled() for _ in range(layers)])
 
 
 def converted(layers: int = LAYERS, **options: Any) -> Any:
@@ -187,3 +204,133 @@ def fsdp_norm_behind_the_streams() -> None:
     shard(model)
     torch.testing.assert_close(step(model), want_loss, rtol=1e-5, atol=0)
     agree(gradients(model), want)
+
+
+def fsdp_new_kind_of_call() -> None:
+    """A kind of call that the example did not show: layers that are sharded, and shards inside of what is captured."""
+
+    def run(model: Any) -> dict[str, Tensor]:
+        model.eval().zero_grad()
+        x = batch(dist.get_rank() if isinstance(model, FSDPModule) else None)
+        loss(model(x, torch.linspace(0, 2, WIDTH))).backward()
+        return gradients(model)
+
+    want = run(converted(2))
+    agree(run(shard(converted(2))), want)
+
+    def in_parts(model: Any, **options: Any) -> Any:
+        for layer in model.layers:
+            for part in (layer.attn, layer.mlp):
+                fully_shard(part, **options)
+        return shard(model)
+
+    agree(run(in_parts(converted(2))), want)
+    # Parts in bf16 can't be captured, as the hooks that cast what they get do not run.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    refused(lambda: run(in_parts(converted(2), mp_policy=policy)), "before fully_shard")
+    model = converted(2)
+    run(model)
+    agree(run(in_parts(model, mp_policy=policy)), want, rtol=0.1)
+
+
+def fsdp_refuses_conversion() -> None:
+    model = shard(plain())
+    refused(lambda: mhcify(model, (batch(0),)), "FSDP", "Convert first")
+    refused(lambda: mhcify(model.layers[0], (batch(0),)), "FSDP", "Convert first")
+    root = fully_shard(plain())
+    refused(lambda: mhcify(root.layers[0], (batch(0),)), "FSDP", "Convert first")
+    inside = plain()
+    fully_shard(inside.layers[1].mlp)
+    refused(lambda: plan(inside, (batch(0),)), "'layers.1.mlp'", "FSDP", "Convert first")
+
+
+# -- DDP ---------------------------------------------------------------------------------------------------------------
+
+
+def ddp() -> None:
+    want_loss, want = in_one(converted())
+    model = converted()
+    wrapped = DistributedDataParallel(model)
+    torch.testing.assert_close(step(wrapped), want_loss, rtol=1e-5, atol=0)
+    agree(gradients(model), want)
+
+
+def ddp_refuses_conversion() -> None:
+    model = plain()
+    wrapped = DistributedDataParallel(model)
+    refused(lambda: mhcify(model, (batch(0),)), "DistributedDataParallel", "Convert first")
+    refused(lambda: mhcify(model.layers[1], (batch(0),)), "DistributedDataParallel", "Convert first")
+    refused(lambda: mhcify(wrapped, (batch(0),)), "DistributedDataParallel", "Convert first")
+    refused(lambda: mhcify(nn.Sequential(wrapped), (batch(0),)), "DistributedDataParallel", "Convert first")
+    mhcify(plain(), (batch(0),))  # another one
+    wrapped = None
+    mhcify(model, (batch(0),))
+
+
+# -- tensor parallelism ------------------------------------------------------------------------------------------------
+
+
+def tensor_parallel(model: Any) -> Any:
+    styles: dict[str, Any] = {"layers.*.mlp.up": ColwiseParallel(), "layers.*.mlp.down": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), styles)
+
+
+def tp() -> None:
+    want_loss, want = in_one(converted())
+    for recompute in (None, 4):
+        model = tensor_parallel(converted(recompute=recompute))
+        got_loss, got = in_one(model)
+        torch.testing.assert_close(got_loss, want_loss, rtol=1e-5, atol=0)
+        agree(got, want)
+
+
+def tp_refuses_conversion() -> None:
+    model = tensor_parallel(plain())
+    refused(lambda: mhcify(model, (batch(0),)), "'layers.0.mlp.up.weight'", "DTensor", "Convert first")
+
+
+def tp_of_transformers() -> None:
+    """Loaded in parts by transformers, then converted."""
+    define_torchvision_operators()
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    world = dist.get_world_size()
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(world))
+    sizes: dict[str, int] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    alone = LlamaForCausalLM(config)
+    tokens = torch.randint(64, (2, 6), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)  # only the first process saves
+        alone.save_pretrained(shared[0])
+        dist.barrier()
+        parts = LlamaForCausalLM.from_pretrained(shared[0], distributed_config=DistributedConfig(tp_size=world))
+        dist.barrier()
+    results = []
+    for model in (alone, parts):
+        assert any(isinstance(p, DTensor) for p in model.parameters()) == (model is parts)
+        mhcify(model, {"input_ids": tokens})
+        perturb(model)
+        value = loss(model(input_ids=tokens).logits)
+        value.backward()
+        results.append((value.detach(), gradients(model)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    agree(results[1][1], results[0][1])
+
+
+# -- the harness itself ------------------------------------------------------------------------------------------------
+
+
+def fails_on_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("of the second one")
+    dist.barrier()
+
+
+def hangs() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+    dist.barrier()

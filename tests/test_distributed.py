@@ -11,10 +11,25 @@ import ranks
 pytestmark = pytest.mark.slow
 
 
-def test_fsdp(tmp_path: Path) -> None:
-    cases = "fsdp_fp32", "fsdp_bf16_policy", "fsdp_norm_behind_the_streams"
-    ranks.run("rank_cases", *cases, "fsdp_back_to_the_original", "fsdp_starts_anew", folder=tmp_path)
+CASES = {
+    "fsdp": ["fsdp_fp32", "fsdp_bf16_policy", "fsdp_norm_behind_the_streams"],
+    "fsdp recompute": ["fsdp_recompute"],
+    "fsdp in time": ["fsdp_back_to_the_original", "fsdp_starts_anew", "fsdp_new_kind_of_call"],
+    "too late": ["fsdp_refuses_conversion", "ddp_refuses_conversion", "tp_refuses_conversion"],
+    "others": ["ddp", "tp", "tp_of_transformers"],
+}
 
 
-def test_fsdp_recompute(tmp_path: Path) -> None:
-    ranks.run("rank_cases", "fsdp_recompute", folder=tmp_path)
+@pytest.mark.parametrize("kind", CASES)
+def test_two_processes(kind: str, tmp_path: Path) -> None:
+    ranks.run("rank_cases", *CASES[kind], folder=tmp_path)
+
+
+def test_an_error_of_one_rank_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)-- rank 1:.*of the second one"):
+        ranks.run("rank_cases", "fails_on_one", folder=tmp_path)
+
+
+def test_what_hangs_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="not done after 5 s"):
+        ranks.run("rank_cases", "hangs", folder=tmp_path, limit=5)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import (
@@ -35,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision_operators import define_torchvision_operators
 
 from handmade.common import WIDTH, PreNorm, Stack
-from mhc_rewrite import HyperConnection, mhcify, plan, unmhcify
+from mhc_rewrite import HyperConnection, load_sites, mhcify, plan, save_sites, unmhcify
 from mhc_rewrite.distributed import check_sites, shard_sites
 from mhc_rewrite.errors import MHCError
 from oracle import perturb
@@ -241,6 +242,35 @@ def sites_are_checked() -> None:
     refused(lambda: check_sites(plain()), "not converted")
 
 
+def fsdp_replicas() -> None:
+    """HSDP: here two replicas of one shard each."""
+    _, want = in_one(converted())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicas", "shards"))
+    for model in (shard(converted(recompute=4), mesh=mesh), shard(shard_sites(converted(), mesh), mesh=mesh)):
+        step(model)
+        check_sites(model)
+        agree(gradients(model), want)
+
+
+def fsdp_accumulates() -> None:
+    _, want = in_one(converted())
+    model = shard(converted(recompute=4))
+    for last in (False, True):
+        model.set_requires_gradient_sync(last)
+        step(model)
+    agree({name: gradient / 2 for name, gradient in gradients(model).items()}, want)
+
+
+def fsdp_checkpointed() -> None:
+    _, want = in_one(converted())
+    for length in (None, 4):
+        model = converted(recompute=length)
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, PreNorm))
+        step(shard(model))
+        got = gradients(model)
+        agree({name.replace("_checkpoint_wrapped_module.", ""): its for name, its in got.items()}, want)
+
+
 def fsdp_back_to_the_original() -> None:
     """unmhcify behind fully_shard: the layers stay sharded."""
     want_loss, want = in_one(plain())
@@ -321,6 +351,11 @@ def fsdp_refuses_conversion() -> None:
     inside = plain()
     fully_shard(inside.layers[1].mlp)
     refused(lambda: plan(inside, (batch(0),)), "'layers.1.mlp'", "FSDP", "Convert first")
+    with tempfile.TemporaryDirectory() as folder:
+        save_sites(converted(2), folder)
+        late = shard(plain(2))
+        refused(lambda: load_sites(late, folder), "FSDP", "Convert first")
+        load_sites(plain(2), folder)
 
 
 # -- DDP ---------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ CASES = {
     "fsdp": ["fsdp_fp32", "fsdp_bf16_policy", "fsdp_bf16_weights", "fsdp_collectives", "fsdp_norm_behind_the_streams"],
     "fsdp recompute": ["fsdp_recompute", "fsdp_sites_by_themselves"],
     "fsdp in time": ["fsdp_back_to_the_original", "fsdp_starts_anew", "fsdp_new_kind_of_call"],
+    "fsdp further": ["fsdp_replicas", "fsdp_accumulates", "fsdp_checkpointed"],
     "too late": ["fsdp_refuses_conversion", "ddp_refuses_conversion", "tp_refuses_conversion"],
     "pipelines": ["pipeline_of_converted_stages", "pipeline_of_a_converted_model"],
     "others": ["ddp", "sites_are_checked", "tp", "tp_of_transformers"],

@@ -42,7 +42,7 @@ def refuse_sharded(model: nn.Module) -> None:
                 where = f"{name}.{parameter}".lstrip(".")
                 raise _too_late(
                     f"{where!r} is distributed over several devices (DTensor)",
-                    "mhcify(model), and parallelize_module(model, ...) as before",
+                    "mhcify(model), and then parallelize_module(model, ...), or whatever distributed it",
                 )
     if _held_by_ddp(model):
         raise _too_late(
@@ -53,8 +53,8 @@ def refuse_sharded(model: nn.Module) -> None:
 
 def _too_late(what: str, instead: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{what}, which knows nothing of parameters that come later: the gradients of the sites would not be added up "
-        f"over the ranks. Convert first, on every rank, then shard or wrap: {instead}."
+        f"{what}, so sites would come too late: nobody would add up their gradients over the ranks. Convert first, on "
+        f"every rank, then shard or wrap: {instead}."
     )
 
 

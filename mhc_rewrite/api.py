@@ -18,6 +18,7 @@ from mhc_rewrite.conversion.converted import Conversion, find_converted, forget,
 from mhc_rewrite.conversion.install import install, is_converted, lost, role_of, uninstall
 from mhc_rewrite.conversion.listing import list_graph
 from mhc_rewrite.conversion.notices import warn_of_what_came_before
+from mhc_rewrite.conversion.sharded import refuse_sharded
 from mhc_rewrite.conversion.verify import observe, verify
 from mhc_rewrite.errors import AlreadyConvertedError, ConfigError, UnsupportedModelError
 from mhc_rewrite.plans import ListedGraph, ResidualSite, RewritePlan, RewriteReport
@@ -68,7 +69,8 @@ def mhcify(
         AlreadyConvertedError: the model was converted before, or has hyper-connections of its own.
         CaptureError: a module with residual adds can't be captured as a graph.
         NoResidualError: there is no residual stream to rewrite.
-        UnsupportedModelError: TorchScript, or a trunk whose dtype or layout has no streams.
+        UnsupportedModelError: TorchScript, a trunk whose dtype or layout has no streams, or a model that is sharded or
+            wrapped for several devices already.
     """
     args, kwargs, analysis = _analyse(model, example_inputs, config, filter_fn, fields)
     chosen = analysis.plan.config
@@ -199,6 +201,7 @@ def _check_model(model: nn.Module) -> None:
         raise AlreadyConvertedError(
             f"{type(model).__name__} is converted already. unmhcify(model) gives the original back, to convert it anew."
         )
+    refuse_sharded(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(

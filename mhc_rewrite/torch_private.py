@@ -238,6 +238,16 @@ class _StandIns:
         return made
 
 
+def frees_parameters(module: nn.Module) -> bool:
+    """Whether FSDP keeps the module's parameters, so that their memory is freed behind the module it was gathered for.
+
+    While a module runs nothing public tells its gathered parameters from any others. The mark is for Dynamo, and is set
+    on every module whose parameters FSDP2 or FSDP1 manages. Should it go, recomputation refuses in backward, and
+    tests/test_distributed.py fails first.
+    """
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def inside_function_transform() -> bool:
     """Whether `torch.func.grad`, `vmap` or the like is being traced, which custom operators have no rules for.
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import mhc_rewrite
-from mhc_rewrite import errors, hf
+from mhc_rewrite import distributed, errors, hf
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("material")
@@ -75,7 +75,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert len(listed) == len(set(listed)) and set(listed) == there | set(OUTSIDE)
 
 
-@pytest.mark.parametrize("module", [mhc_rewrite, errors, hf], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [mhc_rewrite, errors, hf, distributed], ids=lambda module: module.__name__)
 def test_every_public_name_has_its_entry(module: ModuleType, pages: dict[Path, Page], site: Path) -> None:
     classes = [name for name, value in vars(module).items() if isinstance(value, type)]
     names = getattr(module, "__all__", classes)

@@ -14,7 +14,7 @@ FLOORS = [
     {"cli"},
     {"hf", "insight"},
     {"__init__"},
-    {"lifecycle"},
+    {"lifecycle", "distributed"},
     {"api"},
     {"lowering", "conversion"},
     {"passes"},

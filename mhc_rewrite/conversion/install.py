@@ -54,13 +54,14 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
         hides_sites: a container's: what iterates, counts or indexes it does not see the sites among its children.
     """
     original = base.forward
+    made: Any = None
     meet_dynamo()
     scripted_calls_take(plain)  # code between the layers may be TorchScript's
 
     @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         role = self.__dict__.get(_ROLE)  # a slice of a Sequential has the class, but no role
-        if role is None:
+        if role is None or type(self)._mhc_forward is not made._mhc_forward:  # of a conversion before
             return original(self, *args, **kwargs)
         return role.run(self, original, args, kwargs)
 
@@ -81,7 +82,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
         "__doc__": base.__doc__, "_mhc_base": base, "register_full_backward_hook": full,
         "register_full_backward_pre_hook": full_pre,
     }  # fmt: skip
-    made: Any = type(base.__name__, (base,), namespace)
+    made = type(base.__name__, (base,), namespace)
     made._mhc_forward = made.forward  # transformers wraps the forward of every subclass of a layer
     return made
 
@@ -188,7 +189,10 @@ def _restore(model: nn.Module) -> None:
                 setattr(module, attribute, value)
             give_back(module)
             del module.__dict__[_ROLE]
-            module.__class__ = type(module)._mhc_base  # type: ignore[attr-defined]
+            # A class that was made of the converted one later (FSDP's, a parametrization's) stays, as without a role
+            # the forward is the original's.
+            if "_mhc_base" in type(module).__dict__:
+                module.__class__ = type(module)._mhc_base  # type: ignore[attr-defined]
 
 
 def _contains_a_site(module: nn.Module) -> bool:

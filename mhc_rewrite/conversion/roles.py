@@ -28,6 +28,7 @@ from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.conversion.naming import CarrierWiring
+from mhc_rewrite.conversion.sharded import gathered
 from mhc_rewrite.errors import MHCError, StreamError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
@@ -319,9 +320,10 @@ class CarrierRole:
             read = self.as_trunk(leaves, arriving, streams.read_mean)
             bound = {name: replace_leaves(value, name, read) for name, value in bound.items()}
             inlined = [module.get_submodule(path) for path in self.inlined]
-            captured, residuals = capture_forward(
-                module, self.name, bound, inlined, module.training, original, self.wiring.known, answers
-            )
+            with gathered(module, self.name):
+                captured, residuals = capture_forward(
+                    module, self.name, bound, inlined, module.training, original, self.wiring.known, answers
+                )
             key, _ = flatten(bound)
             trunk = self.as_trunk(leaves, arriving, streams.one_stream)
             return self.make(module, module.training, key, trunk, captured, residuals, arriving, leaving, {})

@@ -273,12 +273,12 @@ def _check_branch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> None:
 
 def _define(
     arguments: str, results: int, body: Callable[..., Any], fake: Callable[..., Any],
-    X: int, y: int | None, coefficients: int, in_graphs: bool = False,
+    X: int, y: int | None, coefficients: int, in_graphs: bool = False, state_first: bool = False,
 ) -> Any:  # fmt: skip
     """Registers one operator.
 
     X, y and coefficients are the places of the arguments that `_kernels` asks for. `in_graphs`: the graphs of Dynamo
-    hold it, so that it takes a `code`, which nothing reads; see `_code`.
+    hold it, so that it takes a `code`, which nothing reads; see `_code`. `state_first`: its first result is a state.
     """
 
     def run(*args: Any) -> Any:
@@ -294,10 +294,27 @@ def _define(
     schema = f"({arguments}{', str code' * in_graphs}) -> " + ("Tensor" if results == 1 else _tensors(results))
     name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
     run = on_one_device(arguments, run)
-    operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+    alone = _detachable(run) if state_first else run
+    operator = torch.library.custom_op(name, alone, mutates_args=(), schema=schema)
     operator.register_fake(on_one_device(arguments, shapes))
     decompose_in_compiled_graphs(operator, run, unless=whole)
     return operator
+
+
+def _detachable(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose first result is no view to autograd: schedules of pipelines detach in place what leaves a stage.
+
+    Other results stay views, which nobody may write to: a block that writes to what it reads raises so. In compiled
+    graphs there is nothing of the kind.
+    """
+
+    def detachable(*args: Any) -> Any:
+        results = run(*args)
+        if isinstance(results, Tensor):
+            return torch.ops.aten._unsafe_view(results, results.shape)
+        return torch.ops.aten._unsafe_view(results[0], results[0].shape), *results[1:]
+
+    return detachable
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
@@ -321,15 +338,16 @@ pre_backward = _define(
     f"Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}", 4,
     _pre_backward, _fake_like(3, 4, 5, 6), 3, None, 4,
 )  # fmt: skip
-post_operator = _define(_BRANCH, 1, _post, _fake_post, 0, 1, 3, in_graphs=True)
+post_operator = _define(_BRANCH, 1, _post, _fake_post, 0, 1, 3, in_graphs=True, state_first=True)
 post_backward = _define(f"Tensor g_out, {_BRANCH}", 4, _post_backward, _fake_like(1, 2, 3, 4), 1, 2, 4)
 post_collapse_operator = _define(_BRANCH, 1, _post_collapse, _fake_post_collapse, 0, 1, 3, in_graphs=True)
 post_collapse_backward = _define(
     f"Tensor g_out, {_BRANCH}", 4, _post_collapse_backward, _fake_like(1, 2, 3, 4), 1, 2, 4
 )
 boundary_operator = _define(
-    f"{_BRANCH}, {_PARAMETERS}, {_KIND}, float eps", 6, _boundary, _fake_boundary, 0, 1, 4, in_graphs=True
-)
+    f"{_BRANCH}, {_PARAMETERS}, {_KIND}, float eps", 6, _boundary, _fake_boundary, 0, 1, 4, in_graphs=True,
+    state_first=True,
+)  # fmt: skip
 boundary_backward = _define(
     f"Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND}", 7,
     _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8,

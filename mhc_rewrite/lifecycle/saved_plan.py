@@ -18,6 +18,7 @@ from mhc_rewrite.conversion.captures import Captures
 from mhc_rewrite.conversion.converted import Conversion, find_converted, remember, site_at
 from mhc_rewrite.conversion.install import install
 from mhc_rewrite.conversion.naming import CarrierWiring
+from mhc_rewrite.conversion.sharded import refuse_sharded
 from mhc_rewrite.errors import SitesError
 from mhc_rewrite.lifecycle.data import from_data, to_data
 from mhc_rewrite.lifecycle.source_lines import SavedLine, find_line, package_versions, saved_line, short_path
@@ -155,6 +156,7 @@ def install_saved(model: nn.Module, saved: SavedPlan) -> None:
     Raises:
         SitesError: the model is not built as the one that was converted, or its source is another.
     """
+    refuse_sharded(model)
     check_fits(model, saved)
     found = {(line.file, line.line): (line, find_line(line, model)) for line in saved.lines}
     adds = {(site.source.file, site.source.line) for site in saved.plan.sites}

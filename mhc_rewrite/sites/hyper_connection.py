@@ -14,7 +14,7 @@ from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.sites import options, recompute
 from mhc_rewrite.sites.streams import collapse
-from mhc_rewrite.torch_private import KeepsPrecision, inside_function_transform
+from mhc_rewrite.torch_private import KeepsPrecision, frees_parameters, inside_function_transform
 
 
 class Portable:
@@ -25,6 +25,10 @@ class Portable:
 
 def _plain_torch() -> bool:
     return Portable.on or torch.onnx.is_in_onnx_export() or inside_function_transform()
+
+
+def _is_sharded(parameter: Any) -> bool:
+    return hasattr(parameter, "full_tensor")  # DTensor, which need not be imported where there is none
 
 
 class Mix(NamedTuple):
@@ -83,9 +87,20 @@ class HyperConnection(KeepsPrecision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Starts the parameters as `config.init` says; after `to_empty` too."""
+        """Starts the parameters as `config.init` says; after `to_empty` too.
+
+        Sharded ones (DTensor) get what the first rank draws: every rank that holds a part of them has to call this.
+        """
         start = CONNECTIONS[self.config.connection].starts[self.config.init]
-        start(self.phi, self.alpha, self.bias, self.config.n_streams, self.index)
+        parameters: tuple[Any, ...] = (self.phi, self.alpha, self.bias)
+        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) if _is_sharded(p) else p for p in parameters]
+        phi, alpha, bias = made
+        start(phi, alpha, bias, self.config.n_streams, self.index)
+        for p, value in zip(parameters, made, strict=True):
+            if value is not p and not p.is_meta:
+                from torch.distributed.tensor import distribute_tensor  # there already where a parameter is sharded
+
+                p.copy_(distribute_tensor(value, p.device_mesh, p.placements))
 
     @torch.no_grad()
     def has_learned(self) -> bool:
@@ -95,7 +110,8 @@ class HyperConnection(KeepsPrecision):
         made: Any = {"index": self.index, "channel_dim": self.channel_dim, "device": "cpu", "dtype": self.phi.dtype}
         with torch.random.fork_rng(devices=[]):
             starts = [list(HyperConnection(self.width, self.config, **made).parameters()) for _ in range(2)]
-        mine = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.parameters()]
+        parameters: Any = self.parameters()
+        mine = [p.full_tensor() if _is_sharded(p) else p for p in parameters]
         return any(torch.equal(a, b) and not torch.equal(a, p.cpu()) for a, b, p in zip(*starts, mine))
 
     def options(self) -> dict[str, Any]:
@@ -175,12 +191,16 @@ class HyperConnection(KeepsPrecision):
         if length is None or torch.compiler.is_compiling():
             return ops
         # A conversion puts a number in place of "auto". A site by itself knows of no other.
-        return recompute.Operators(1 if length == "auto" else length)
+        return recompute.Operators(1 if length == "auto" else length, copies=frees_parameters(self))
 
     def _operands(self, streams: torch.dtype) -> tuple[Any, ...]:
-        """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype."""
+        """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype.
+
+        Never narrower than fp32: a policy of mixed precision (FSDP) hands over parameters in bf16, and what is made of
+        them in bf16 is an H_res whose rows sum to 1 within 2e-3 only.
+        """
         config, connection = self.config, CONNECTIONS[self.config.connection]
-        dtype = torch.promote_types(streams, self.phi.dtype)
+        dtype = torch.promote_types(torch.promote_types(streams, self.phi.dtype), torch.float32)
         phi = connection.projection(self.phi, config.n_streams).to(dtype)
         options = connection.kind, config.sinkhorn_iterations, config.eps_norm
         return phi, self.alpha.to(dtype), self.bias.to(dtype), *options

@@ -99,17 +99,19 @@ class State:
             yield state
             state = state.before
 
-    def read_by(self, operands: tuple[Any, ...]) -> None:
-        self.operands = tuple(value.detach() if isinstance(value, Tensor) else value for value in operands)
+    def read_by(self, operands: tuple[Any, ...], copies: bool) -> None:
+        """Notes the operands of the site; copies of them where their memory may be freed before backward."""
+        tensors = [value.detach() if isinstance(value, Tensor) else value for value in operands]
+        self.operands = tuple(value.clone() if copies and isinstance(value, Tensor) else value for value in tensors)
 
     def check_operands(self) -> None:
         """Refuses what is no longer there: sharding gives a module's parameters their memory only while it runs."""
         for value in self.operands:
-            if isinstance(value, Tensor) and value.numel() > 0 and value.untyped_storage().size() == 0:
+            if isinstance(value, Tensor) and _memory(value) is not None and value.untyped_storage().size() == 0:
                 raise StreamError(
                     "recompute= makes the states of several sites again in backward, and the parameters of one of them "
-                    "have been freed since the forward (FSDP, ZeRO). Convert with recompute=None, and put the layers "
-                    "under activation checkpointing instead: it gathers their parameters again."
+                    "have been freed since the forward (ZeRO). Convert with recompute=None, and put the layers under "
+                    "activation checkpointing instead: it gathers their parameters again."
                 )
 
 
@@ -192,8 +194,15 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _same_memory(tensor: Tensor, made: Made) -> bool:
-    mine, its = tensor.untyped_storage(), made.tensor.untyped_storage()
-    return mine.data_ptr() == its.data_ptr() and made.tensor.numel() > 0
+    mine = _memory(tensor)
+    return mine is not None and mine == _memory(made.tensor)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where a tensor's values lie; None where it has none of its own: no elements, or in other tensors (DTensor)."""
+    if tensor.numel() == 0 or hasattr(tensor, "__tensor_flatten__"):
+        return None
+    return tensor.untyped_storage().data_ptr()
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -201,9 +210,13 @@ def _same_memory(tensor: Tensor, made: Made) -> bool:
 
 @dataclass(frozen=True)
 class Operators:
-    """Those of kernels/ops.py, with an account of what they make; segments have `length` sites."""
+    """Those of kernels/ops.py, with an account of what they make; segments have `length` sites.
+
+    `copies`: the parameters' memory may be freed behind the site.
+    """
 
     length: int
+    copies: bool = False
 
     def pre(self, streams: Tensor, *operands: Any) -> tuple[Tensor, ...]:
         outputs = ops.pre(streams, *operands)
@@ -211,7 +224,7 @@ class Operators:
             state = _state((streams, X))
             if state is None or state.operands:
                 state = State(streams)
-            state.read_by(operands)
+            state.read_by(operands, self.copies)
             _hand_on(state, streams, *outputs[:3])
         return outputs
 
@@ -227,7 +240,7 @@ class Operators:
         outputs = ops.boundary(streams, branch, h_post, h_res, *operands)
         if _thread.on:
             state = self._next(streams, branch, (h_post, h_res), outputs[X])
-            state.read_by(operands)
+            state.read_by(operands, self.copies)
             _hand_on(state, *outputs[:4])
         return outputs
 

@@ -1,0 +1,6 @@
+"""What a converted model needs on several devices beside torch.distributed itself."""
+
+from mhc_rewrite.distributed.check import check_sites
+from mhc_rewrite.distributed.fsdp import shard_sites
+
+__all__ = ["check_sites", "shard_sites"]

@@ -55,7 +55,7 @@ def test_streams_diverge() -> None:
 
 @torch.no_grad()
 def equal_streams(model: nn.Module) -> None:
-    """H_pre = 1/n and H_post = 1 on every stream: still the original function, and no stream ever differs from another."""
+    """H_pre = 1/n and H_post = 1 everywhere: still the original function, and no stream ever differs from another."""
     for name, p in oracle.site_parameters(model):
         if name.endswith(".bias"):
             n = math.isqrt(p.shape[0] + 1) - 1

@@ -28,7 +28,7 @@ import oracle
 from handmade.common import PreNorm, Stack, features
 from handmade.layers import GPT
 from mhc_rewrite import HyperConnection, mhcify
-from mhc_rewrite.errors import KernelError, StreamError
+from mhc_rewrite.errors import KernelError
 from mhc_rewrite.kernels import cpu, ops
 
 CPU = torch.device("cpu")
@@ -199,10 +199,6 @@ def test_fully_sharded(units: str, recompute: int | None, process_group: None) -
     fully_shard(sharded)
     other = sharded(input_ids=IDS, labels=IDS).loss
     assert torch.equal(other, loss)
-    if recompute and units == "sites":  # a block asks for what its site made, which has given its parameters back
-        with pytest.raises(StreamError, match="recompute=None"):
-            other.backward()
-        return
     other.backward()
     for (name, p), q in zip(model.named_parameters(), sharded.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad.full_tensor()), name

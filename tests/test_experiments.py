@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mhc_rewrite.cli.experiment import tables
 from mhc_rewrite.cli.main import app
+from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.insight.experiments import EXPERIMENTS, run
 from mhc_rewrite.insight.experiments.base import Experiment, Job, Result, as_row, from_row
 from mhc_rewrite.insight.experiments.training import LOOKS, Decoder, batches, text, train
@@ -92,7 +93,7 @@ def test_results_are_kept_and_not_made_again(tmp_path: Path) -> None:
     shown = "\n".join(as_text(part) for part in tables(SMALL, results))
     assert "from half-way" in shown and "±" in shown and "2 seeds" in shown
     file.write_text("{}\n")
-    with pytest.raises(ValueError, match=r"small\.jsonl holds something else"):
+    with pytest.raises(ConfigError, match=r"small\.jsonl holds something else"):
         run(SMALL, file, 2, 1.0, 1, lambda *what: None)
 
 

@@ -48,10 +48,7 @@ def register(
             if name not in EXPERIMENTS:
                 raise UsageError(f"There is no experiment {name!r}. There are: {', '.join(EXPERIMENTS)}.")
             experiment, drawn, progress = EXPERIMENTS[name], pyplot("experiment"), _Progress(tell)
-            try:
-                results = run(experiment, out / f"{name}.jsonl", seeds, scale, jobs, progress)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
+            results = run(experiment, out / f"{name}.jsonl", seeds, scale, jobs, progress)
             figure = experiment.draw(drawn, results)
             figure.savefig(out / f"{name}.svg")
             drawn.close(figure)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.insight.experiments.base import Experiment, Result, as_row, from_row
 from mhc_rewrite.insight.experiments.training import train
 
@@ -28,7 +29,7 @@ def run(experiment: Experiment, file: Path, seeds: int, scale: float, jobs: int,
         tell: is told (runs done, runs in all, what ended last).
 
     Raises:
-        ValueError: the file holds something else.
+        ConfigError: the file holds something else.
     """
     wanted = experiment.jobs(seeds, scale)
     done = {one.job: one for one in _read(file)}
@@ -58,4 +59,6 @@ def _read(file: Path) -> list[Result]:
     try:
         return [from_row(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds something else than results of this experiment: {error}.") from error
+        raise ConfigError(
+            f"{file} holds something else than results of this experiment ({error}). Take another folder, or move it away."
+        ) from error

@@ -60,5 +60,6 @@ def _read(file: Path) -> list[Result]:
         return [from_row(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{file} holds something else than results of this experiment ({error}). Take another folder, or move it away."
+            f"{file} holds something else than results of this experiment ({type(error).__name__}: {error}). Take "
+            "another folder, or move it away."
         ) from error

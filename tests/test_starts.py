@@ -142,6 +142,7 @@ def test_streams_part_at_the_first_site() -> None:
 LINEAR: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "factor": lambda model, x: 0.5 * x,
     "quotient": lambda model, x: x / 2.0,
+    "quotient by name": lambda model, x: torch.div(input=x, other=2.0),
     "gate": lambda model, x: x * model.gate,
     "offset": lambda model, x: x + model.gate,
     "from a constant": lambda model, x: 1.0 - x,
@@ -160,6 +161,7 @@ CURVED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "normalize": lambda model, x: F.normalize(x, dim=-1),
     "clamp": lambda model, x: x.clamp(-1.0, 1.0),
     "reciprocal": lambda model, x: 2.0 / (x + 9.0),
+    "reciprocal by name": lambda model, x: torch.div(other=x + 9.0, input=model.gate),
     "power": lambda model, x: (x + 9.0) ** 2 / 81.0,
     "rounded": lambda model, x: torch.div(x, 0.1, rounding_mode="floor"),
     "absolute": lambda model, x: x.abs(),

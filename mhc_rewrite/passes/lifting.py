@@ -120,7 +120,8 @@ def _pointwise_operands(node: fx.Node, name: str, bare: str, inputs: list[fx.Nod
 def _keeps_means(node: fx.Node, trunk: fx.Node) -> bool:
     name = vocabulary.name_of(node.target)
     if "div" in name:
-        return node.args[0] is trunk and node.kwargs.get("rounding_mode") is None
+        divided = node.args[0] if node.args else node.kwargs.get("input")
+        return divided is trunk and node.kwargs.get("rounding_mode") is None
     return name in vocabulary.KEEPING_MEANS or name.rstrip("_") in vocabulary.KEEPING_MEANS
 
 

@@ -45,7 +45,7 @@ test: lint types ## lint, type check and the tests (within 20 minutes)
 test-fast: $(STAMP) ## the tests that are not marked slow (about 8 minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not long" $(PYTEST_ARGS)
 
-test-long: $(STAMP) ## the tests that the others leave out (about 8 minutes)
+test-long: $(STAMP) ## the tests that the others leave out
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long $(PYTEST_ARGS)
 
 test-kernels: $(STAMP) ## Triton: every size, dtype and configuration, interpreted and compiled (many hours)

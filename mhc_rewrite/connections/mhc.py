@@ -11,14 +11,6 @@ from mhc_rewrite.connections.base import Connection
 from mhc_rewrite.kernels.reference import split
 
 
-def phi_shape(n: int, width: int) -> tuple[int, int]:
-    return (n * width, n * n + 2 * n)
-
-
-def projection(phi: Tensor, n: int) -> Tensor:
-    return phi
-
-
 def preserve(
     phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int, *,
     apart: float = starts.APART, read_apart: float = starts.READ_APART, uniform: float = starts.UNIFORM,
@@ -62,9 +54,5 @@ def _mix_moderately(res: Tensor, n: int, uniform: float = starts.UNIFORM) -> Non
 
 
 MHC = Connection(
-    "mhc",
-    phi_shape,
-    projection,
-    {"preserve": preserve, "equal": equal, "near_identity": near_identity, "paper": paper},
-    "arXiv:2512.24880",
+    {"preserve": preserve, "equal": equal, "near_identity": near_identity, "paper": paper}, "arXiv:2512.24880"
 )

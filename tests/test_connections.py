@@ -1,4 +1,4 @@
-"""A connection is one function: one from outside the package, those without a projection, mappings that do not learn."""
+"""A connection from outside the package; connections without a projection; mappings that do not learn."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_wrong_operands_are_named() -> None:
     X, alpha = torch.randn(2, 3, C), torch.rand(3)
     with pytest.raises(KernelError, match=r"no number of streams has in 'leaky'"):
         ops.pre(X, torch.randn(3 * C, 8), alpha, torch.randn(8), "leaky", 20, 1e-6)
-    with pytest.raises(KernelError, match="kind must be one of 'mhc'.*'leaky'"):
+    with pytest.raises(KernelError, match=r"kind must be one of 'mhc'.*'leaky'"):
         ops.pre(X, torch.randn(3 * C, 7), alpha, torch.randn(7), "laeky", 20, 1e-6)
 
 

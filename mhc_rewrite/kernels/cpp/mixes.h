@@ -19,24 +19,37 @@ struct Mix {
   Mix at(int64_t t) const { return {X + t * M * C, y + t * C, h_post + t * rows, h_res + t * rows * M, rows, M, C}; }
 };
 
-// X'[i] = sum_j H_res[i, j] X[j] + H_post[i] y, into `out`, and with `kept` also as floats, rounded as in `out`.
-template <int N, class E, class D>
-void mix_out(const Mix<E, D>& token, E* out, float* kept, bool past) {
+// use(c, elements there, X'[i]) with X'[i] = sum_j H_res[i, j] X[j] + H_post[i] y as it is stored, for every eight
+// elements of a row. With `ahead` the next token's streams are fetched.
+template <int N, class E, class D, class Use>
+INLINE inline void each_mixed(const Mix<E, D>& token, bool ahead, const Use& use) {
   const auto [X, y, h_post, h_res, given_rows, given_M, C] = token;
   const int64_t rows = N ? N : given_rows, M = N ? N : given_M;
   each_eight(C, [&, X = X, y = y, h_post = h_post, h_res = h_res, C = C](int64_t c, auto left) INLINE {
     V x[N ? N : MOST];
     for (int64_t j = 0; j < M; ++j) {
       x[j] = load(X + j * C + c, left);
-      fetch(X + (M + j) * C + c);
+      if (ahead) fetch(X + (M + j) * C + c);
     }
     const V from_y = load(y + c, left);
+    Eight<E> mixed[N ? N : MOST];
     for (int64_t i = 0; i < rows; ++i) {
-      V mixed = h_post[i] * from_y;
-      for (int64_t j = 0; j < M; ++j) mixed += h_res[i * M + j] * x[j];
-      const auto narrowed = narrow(E{}, mixed);
-      store(out + i * C + c, narrowed, left, past);
-      if (kept) store(kept + i * C + c, widen(narrowed), left, false);
+      V total = h_post[i] * from_y;
+      for (int64_t j = 0; j < M; ++j) total += h_res[i * M + j] * x[j];
+      mixed[i] = narrow(E{}, total);
+    }
+    use(c, left, mixed);
+  });
+}
+
+// X' of one token into `out`, and with `kept` also as floats.
+template <int N, class E, class D>
+void mix_out(const Mix<E, D>& token, E* out, float* kept, bool past) {
+  const int64_t rows = N ? N : token.rows, C = token.C;
+  each_mixed<N>(token, true, [=](int64_t c, auto left, const Eight<E>* mixed) INLINE {
+    for (int64_t i = 0; i < rows; ++i) {
+      store(out + i * C + c, mixed[i], left, past);
+      if (kept) store(kept + i * C + c, widen(mixed[i]), left, false);
     }
   });
 }
@@ -48,25 +61,21 @@ inline int64_t in_panels(int64_t j, int64_t c, int64_t l, int64_t W) {
   return (j * W + c / PANEL * PANEL) * BLOCK + l * PANEL + c % PANEL;
 }
 
-// X' of token l of a block again, by panels, and its products with g_u.
+// X' of one token again: its products with g_u, and the rows themselves by panels, as token l of a block. Either may be
+// nullptr.
 template <int N, class E, class D>
-void rebuild(const Mix<E, D>& token, const E* g_u, int64_t l, int64_t W, float* panels, float* products) {
-  const auto [X, y, h_post, h_res, given_rows, given_M, C] = token;
-  const int64_t rows = N ? N : given_rows, M = N ? N : given_M;
+void rebuild(const Mix<E, D>& token, const E* g_u, float* products, float* panels, int64_t l) {
+  const int64_t rows = N ? N : token.rows, W = padded(token.C, PANEL);
   V acc[N ? N : MOST] = {};
-  each_eight(C, [&, X = X, y = y, h_post = h_post, h_res = h_res, C = C](int64_t c, auto left) INLINE {
-    V x[N ? N : MOST];
-    for (int64_t j = 0; j < M; ++j) x[j] = load(X + j * C + c, left);
-    const V from_y = load(y + c, left), from_u = load(g_u + c, left);
+  each_mixed<N>(token, false, [=, &acc](int64_t c, auto left, const Eight<E>* mixed) INLINE {
+    const V from_u = load(g_u + c, left);
     for (int64_t i = 0; i < rows; ++i) {
-      V mixed = h_post[i] * from_y;
-      for (int64_t j = 0; j < M; ++j) mixed += h_res[i * M + j] * x[j];
-      mixed = widen(narrow(E{}, mixed));  // as it was stored
-      store(panels + in_panels(i, c, l, W), mixed);
-      acc[i] += mixed * from_u;
+      const V value = widen(mixed[i]);
+      if (panels) store(panels + in_panels(i, c, l, W), value);
+      if (products) acc[i] += value * from_u;
     }
   });
-  for (int64_t i = 0; i < rows; ++i) products[i] = sum(acc[i]);
+  for (int64_t i = 0; products && i < rows; ++i) products[i] = sum(acc[i]);
 }
 
 // The gradients of the operands of token l of a block from that of X', which is `direct`, or with `panels` the sum of

@@ -163,8 +163,8 @@ Made run_site(const Tensor& X, const Branch* branch, const Tensor* made, const P
         float weights[MOST] = {};
         for (int64_t j = 0; j < n; ++j) weights[S == 1 ? 0 : j] += octet.h[j][l];
         E* to = u + (t + l) * C;
-        if (state) mix_in<N.value>(state + l * S * C, weights, S, C, to);
-        else mix_in<N.value>(X + (t + l) * S * C, weights, S, C, to);
+        if (state) mix_in<N.value, false>(state + l * S * C, weights, S, C, to, false);
+        else mix_in<N.value, false>(X + (t + l) * S * C, weights, S, C, to, false);
       }
     };
   };

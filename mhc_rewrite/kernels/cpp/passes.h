@@ -218,9 +218,9 @@ void project_backward(const State<E, D>& of, const Projection& by, const float* 
       rows.g_raw = g_product;
       for (int64_t l = 0; l < count; ++l) {
         const E* g_u = g.g_u + (t + l) * C;
-        float* of_token = products ? rows.products[l] : nullptr;
-        if (mix) rebuild<N>(mix->at(t + l), g_u, of_token, state, l);
-        else if (products) dots<N>(g_u, X + (t + l) * S * C, S, C, of_token);
+        if (mix && products) rebuild<N, true, true>(mix->at(t + l), g_u, rows.products[l], state, l);
+        else if (mix) rebuild<N, false, true>(mix->at(t + l), g_u, rows.products[l], state, l);
+        else if (products) dots<N, false>(g_u, X + (t + l) * S * C, S, C, rows.products[l]);
       }
       between(part, t, count, rows);
       float decay[BLOCK][MOST];
@@ -249,7 +249,7 @@ void project_backward(const State<E, D>& of, const Projection& by, const float* 
       for (int64_t l = 0; l < count; ++l) {
         const int64_t token = t + l;
         if (mix) {
-          mix_out_backward<N>(mix->at(token), g_state, l, g.g_state + token * S * C, g.g_X + token * M * C,
+          mix_out_backward<N, true>(mix->at(token), g_state, l, g.g_state + token * S * C, g.g_X + token * M * C,
                               g.g_y + token * C, g.g_h_post + token * S, g.g_h_res + token * S * M, past);
           continue;
         }
@@ -296,7 +296,7 @@ void mix_tokens_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X
   const int64_t M = mix.M, rows = mix.rows, C = mix.C;
   const bool past = goes_past(g_X, T * M, C) && goes_past(g_y, T * M, C);
   each_token(T, [&](int64_t t) {
-    mix_out_backward<N>(mix.at(t), nullptr, 0, g_out + t * rows * C, g_X + t * M * C, g_y + t * C, g_post + t * rows,
+    mix_out_backward<N, false>(mix.at(t), nullptr, 0, g_out + t * rows * C, g_X + t * M * C, g_y + t * C, g_post + t * rows,
                         g_res + t * rows * M, past);
   });
 }
@@ -305,7 +305,10 @@ void mix_tokens_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X
 template <int N, class E, class D>
 void read_tokens(const State<E, D>& of, const float* h_pre, E* u) {
   const auto [T, S, C, X, mix] = of;
-  each_token(T, [=, S = S, C = C, X = X](int64_t t) { mix_in<N>(X + t * S * C, h_pre + t * S, S, C, u + t * C); });
+  const bool past = goes_past(u, T, C);
+  each_token(T, [=, S = S, C = C, X = X](int64_t t) {
+    mix_in<N, true>(X + t * S * C, h_pre + t * S, S, C, u + t * C, past);
+  });
 }
 
 // g_u . X[j] of every token's state.
@@ -313,8 +316,8 @@ template <int N, class E, class D>
 void products_of_tokens(const State<E, D>& of, const E* g_u, float* products) {
   const auto [T, S, C, X, mix] = of;
   each_token(T, [=, S = S, C = C, X = X, mix = mix](int64_t t) {
-    if (mix) rebuild<N>(mix->at(t), g_u + t * C, products + t * S, nullptr, 0);
-    else dots<N>(g_u + t * C, X + t * S * C, S, C, products + t * S);
+    if (mix) rebuild<N, true, false>(mix->at(t), g_u + t * C, products + t * S, nullptr, 0);
+    else dots<N, true>(g_u + t * C, X + t * S * C, S, C, products + t * S);
   });
 }
 

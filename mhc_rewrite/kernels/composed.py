@@ -165,7 +165,7 @@ def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torc
 def _inner(X: Tensor, y: Tensor | None, coefficients: Tensor) -> Any:
     """Who has them. On a GPU they are operators, which stay whole in compiled graphs."""
     chosen: ModuleType = selection.kernels_for(X, y, coefficients)
-    return torch.ops.mhc_rewrite if chosen is gpu else aten  # cpu.py does not have them yet
+    return torch.ops.mhc_rewrite if chosen is gpu else chosen
 
 
 def _define(name: str, arguments: str, results: int, shapes: Callable[..., Any]) -> None:

@@ -237,6 +237,11 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+def padded(columns: int) -> int:
+    """Columns of a tile that is given to `tl.dot`."""
+    return max(16, power_of_two(columns))
+
+
 def precision() -> str:
     """How `tl.dot` multiplies fp32: three tf32 products where tensor cores have them, plain fp32 on AMD, where tf32
     does not compile on every chip."""

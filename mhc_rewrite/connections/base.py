@@ -18,6 +18,11 @@ STARTS = {
 }
 
 
+def first_group(n: int) -> int:
+    """How many of n streams are in the first of the two groups that "preserve" starts with; the others follow them."""
+    return (n + 1) // 2
+
+
 @dataclass(frozen=True)
 class Connection:
     """One row of the table of relatives: all share the site's shape, only how H_* are made differs.

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from mhc_rewrite.connections.base import Connection
+from mhc_rewrite.connections.base import Connection, first_group
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.reference import split
 
@@ -42,7 +42,7 @@ def preserve(
     """
     _start(phi, alpha, n)
     pre, post, res = split(bias, n)
-    first = (n + 1) // 2
+    first = first_group(n)
     side = (-1) ** index * apart
     for begin, size, direction in ((0, first, (n - first) / first), (first, n - first, -1.0)):
         group = slice(begin, begin + size)

@@ -78,7 +78,7 @@ class HyperConnection(KeepsPrecision):
         self.config = config or MHCConfig()
         self.index = index
         self.channel_dim = channel_dim
-        n = self.config.n_streams
+        n = self.config.n
         shape = CONNECTIONS[self.config.connection].phi_shape(n, width)
         self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.alpha = nn.Parameter(torch.empty(3, device=device, dtype=dtype))
@@ -95,7 +95,7 @@ class HyperConnection(KeepsPrecision):
         parameters: tuple[Any, ...] = (self.phi, self.alpha, self.bias)
         made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) if _is_sharded(p) else p for p in parameters]
         phi, alpha, bias = made
-        start(phi, alpha, bias, self.config.n_streams, self.index)
+        start(phi, alpha, bias, self.config.n, self.index)
         for p, value in zip(parameters, made, strict=True):
             if value is not p and not p.is_meta:
                 from torch.distributed.tensor import distribute_tensor  # there already where a parameter is sharded
@@ -201,7 +201,7 @@ class HyperConnection(KeepsPrecision):
         """
         config, connection = self.config, CONNECTIONS[self.config.connection]
         dtype = torch.promote_types(torch.promote_types(streams, self.phi.dtype), torch.float32)
-        phi = connection.projection(self.phi, config.n_streams).to(dtype)
+        phi = connection.projection(self.phi, config.n).to(dtype)
         options = connection.kind, config.sinkhorn_iterations, config.eps_norm
         return phi, self.alpha.to(dtype), self.bias.to(dtype), *options
 

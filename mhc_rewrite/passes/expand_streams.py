@@ -6,7 +6,8 @@ Before (one site)                          After
                                                Y = mhc_0.post(X, a, mix)
 
 with `X = expand(x)` before the stream's first site and `y = collapse(Y)` after its last one. Everything else that reads
-the trunk reads the mean of the streams; what reads its shape or dtype alone reads one stream's.
+the trunk reads the mean of the streams; what reads its shape or dtype alone reads one stream's. Where sites have their
+own n, a site resizes the streams where it reads them.
 """
 
 from __future__ import annotations
@@ -143,7 +144,6 @@ class _Writer:
         self.plain: dict[fx.Node, fx.Node] = {}  # node of the old graph -> its value, as in the original
         self.wide: dict[fx.Node, fx.Node] = {}  # trunk node of the old graph -> its streams
         self.numbers: dict[fx.Node, int | None] = {}  # how many they are, as far as it is known here
-        self.sized: dict[tuple[fx.Node, int], fx.Node] = {}  # the same as another number of streams
         self.means: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[fx.Node, fx.Node] = {}  # site's add -> what its branch reads
         self.mixes: dict[fx.Node, fx.Node] = {}
@@ -201,8 +201,8 @@ class _Writer:
                 self.inputs[site.add] = self._mean(node)
                 continue
             module = self.graph.get_attr(target.path)
-            state = self._streams(node, self._n(site))
-            pre = self._mark(self.graph.call_method("pre", (module, state)), "pre", None, site.add)
+            self._resize(node, run, target.n or self.n)
+            pre = self._mark(self.graph.call_method("pre", (module, self.wide[node])), "pre", None, site.add)
             self.inputs[site.add] = self.graph.call_function(operator.getitem, (pre, 0))
             self.inputs[site.add].meta.update(shape=node.meta["shape"], dtype=node.meta["dtype"])
             self.mixes[site.add] = self.graph.call_function(operator.getitem, (pre, 1))
@@ -215,8 +215,8 @@ class _Writer:
             value = value if factor == 1 else self.graph.call_function(operator.mul, (value, factor))
             branch = value if branch is None else self.graph.call_function(operator.add, (branch, value))
         target, trunk = self.targets[site.key], site.chain[0]
-        n = self.numbers[trunk] if target.path is None else self._n(site)
-        state = self._streams(trunk, n)
+        n = self.numbers[trunk] if target.path is None else target.n or self.n
+        state = self.wide[trunk]
         if site.scale != 1:
             state = self.graph.call_function(operator.mul, (state, site.scale))
         if target.path is None:
@@ -233,26 +233,11 @@ class _Writer:
         else:
             self._widen(site.add, run, wide, "post", n)
 
-    def _n(self, site: FoundSite) -> int:
-        """The number of streams of a site with parameters."""
-        n = self.targets[site.key].n or self.n
-        assert n is not None
-        return n
-
-    def _streams(self, node: fx.Node, n: int | None) -> fx.Node:
-        """The streams of a trunk node as a site takes them that has n of them; None: as they are.
-
-        A site resizes what it reads and what it adds to. Operations on the trunk before that act on as many streams
-        as there are.
-        """
-        wide = self.wide[node]
-        if n is None or self.numbers[node] in (1, n):
-            return wide
-        if (node, n) not in self.sized:
-            run = self.run_of[node]
-            sized = self.graph.call_function(streams.resized, (wide, n, run.channel_dim))
-            self.sized[node, n] = self._mark(sized, "resize", run, node, n)
-        return self.sized[node, n]
+    def _resize(self, node: fx.Node, run: _Run, n: int | None) -> None:
+        """Makes the streams of a trunk node as many as a site has that reads them; from here on they are so many."""
+        if self.numbers[node] not in (1, n):  # one stream stands for any number of equal ones
+            sized = self.graph.call_function(streams.resized, (self.wide[node], n, run.channel_dim))
+            self.wide[node], self.numbers[node] = self._mark(sized, "resize", run, node, n), n
 
     def _reader(self, consumer: fx.Node) -> Any:
         """How `consumer` reads nodes of the old graph."""

@@ -69,4 +69,5 @@ KROMHC = Connection(
     source="arXiv:2601.21579",
     columns=_factors,
     refuses=_refuses,
+    in_halves=False,
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from mhc_rewrite.connections.base import Start
+from mhc_rewrite.connections.base import Start, first_group
 from mhc_rewrite.errors import ConfigError
 
 ALPHA = 0.01
@@ -32,7 +32,7 @@ Mixing = Callable[[int, float], Sequence[float]]
 
 
 def halves(n: int) -> Iterator[tuple[Sequence[int], float]]:
-    first = (n + 1) // 2
+    first = first_group(n)
     yield range(first), (n - first) / first
     yield range(first, n), -1.0
 

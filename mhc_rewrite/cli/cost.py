@@ -21,6 +21,7 @@ from mhc_rewrite.cli.options import Settings, number_of_streams
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
 from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.kernels.kinds import FUNCTIONS
 from mhc_rewrite.printing import plain_table
 
 PAPER = "paper"

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import CommandError, UsageError
-from mhc_rewrite.cli.options import Settings, Spec, Streams, number_of_streams
+from mhc_rewrite.cli.options import Connected, Settings, Spec, Static, Streams, number_of_streams
 from mhc_rewrite.cli.tables import bench_table
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.insight import bench as benchmark
 from mhc_rewrite.insight.bench import Inputs, Measured, Workload
 from mhc_rewrite.insight.peers import PEERS
@@ -104,7 +105,8 @@ def register(
 
     @app.command("bench")
     def print_bench(
-        model: Spec, n: Streams = "4", batch: Batch = None, length: Length = None, training: Training = True,
+        model: Spec, n: Streams = "4", connection: Connected = "mhc", static: Static = False,
+        batch: Batch = None, length: Length = None, training: Training = True,
         autocast: Cast = None, recompute: Recompute = None, device: On = None, compiled: Compiled = True,
         peers: Peers = False, rounds: Rounds = 15, threads: Threads = None, fresh: Fresh = True,
         json_file: Json = None, csv_file: Csv = None, plot: Plot = None, config: Settings = None,
@@ -118,7 +120,11 @@ def register(
             if threads:
                 torch.set_num_threads(threads)
             load_it = functools.partial(load, model, tuple(config or ()), batch, length)
-            options = MHCConfig(n_streams=number_of_streams(n, 2), recompute=_recompute(recompute))
+            if connection not in CONNECTIONS:
+                load_it()  # the file may register it
+            options = MHCConfig(
+                number_of_streams(n, 2), connection=connection, dynamic=not static, recompute=_recompute(recompute)
+            )
             workload = Workload(load_it, options, training, AUTOCAST[autocast] if autocast else None, on)
             settings = _settings(workload, model, rounds)
             backends = [benchmark.EAGER, benchmark.MHC] if compiled else [benchmark.EAGER]
@@ -189,9 +195,10 @@ def _settings(workload: Workload, model: str, rounds: int) -> dict[str, str]:
     named = kwargs or {str(k): value for k, value in enumerate(args)}
     shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in named.items() if isinstance(v, Tensor))
     parameters, streams = sum(p.numel() for p in built.parameters()), workload.config.streams_as_text()
+    made = workload.config.connection + ("" if workload.config.dynamic else ", static")
     where = f"{torch.get_num_threads()} threads, C++ kernels: {'yes' if cpu.available() else 'no'}"
     return {
-        "model": f"{model}, {parameters:,} parameters, n = {streams}",
+        "model": f"{model}, {parameters:,} parameters, n = {streams}, {made}",
         "inputs": shapes,
         "step": ("forward and backward" if workload.training else "forward")
         + (f", autocast {workload.autocast}" if workload.autocast else "")

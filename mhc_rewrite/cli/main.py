@@ -21,7 +21,7 @@ from rich.text import Text
 import mhc_rewrite
 from mhc_rewrite.cli import bench, cost, experiment, listing, machine, spec
 from mhc_rewrite.cli.errors import CommandError
-from mhc_rewrite.cli.options import Settings, Spec, Streams, number_of_streams
+from mhc_rewrite.cli.options import Connected, Settings, Spec, Static, Streams, number_of_streams
 from mhc_rewrite.errors import ExampleInputsError, MHCError
 from mhc_rewrite.printing import as_text
 
@@ -70,6 +70,13 @@ Exclude = Annotated[
 ]
 
 
+def _chosen(
+    streams: int | dict[str, int], connection: str, static: bool, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, Any]:
+    filters = {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
+    return {"n_streams": streams, "connection": connection, "dynamic": not static, **filters}
+
+
 @app.command("print")
 def print_graphs(
     model: Spec,
@@ -80,6 +87,8 @@ def print_graphs(
     ] = None,
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.rich,
     n: Streams = "4",
+    connection: Connected = "mhc",
+    static: Static = False,
     include: Include = None,
     exclude: Exclude = None,
     config: Settings = None,
@@ -88,7 +97,7 @@ def print_graphs(
     with _working(f"Rewriting {model}"):
         streams = number_of_streams(n)
         built, inputs = spec.load(model, config or ())
-        mhc_rewrite.mhcify(built, inputs, n_streams=streams, include=tuple(include or ()), exclude=tuple(exclude or ()))
+        mhc_rewrite.mhcify(built, inputs, **_chosen(streams, connection, static, include, exclude))
         graphs = mhc_rewrite.graphs(built) if streams != 1 else []
         listings = listing.merge(listing.select(graphs, layer), stage.value)
     if format is GraphFormat.rich:
@@ -106,6 +115,8 @@ def print_sites(
     model: Spec,
     format: Annotated[PlanFormat, typer.Option(help="How to print it.")] = PlanFormat.rich,
     n: Streams = "4",
+    connection: Connected = "mhc",
+    static: Static = False,
     include: Include = None,
     exclude: Exclude = None,
     config: Settings = None,
@@ -114,9 +125,7 @@ def print_sites(
     with _working(f"Reading {model}"):
         streams = number_of_streams(n)
         built, inputs = spec.load(model, config or ())
-        plan = mhc_rewrite.plan(
-            built, inputs, n_streams=streams, include=tuple(include or ()), exclude=tuple(exclude or ())
-        )
+        plan = mhc_rewrite.plan(built, inputs, **_chosen(streams, connection, static, include, exclude))
     if format is PlanFormat.rich:
         _show(plan)
     else:

@@ -9,6 +9,7 @@ import typer
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import UsageError
 from mhc_rewrite.config import MAX_STREAMS
+from mhc_rewrite.connections import CONNECTIONS
 
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {spec.FORMS}.", show_default=False)]
 Streams = Annotated[
@@ -20,6 +21,15 @@ Streams = Annotated[
         help=f"Number of streams, up to {MAX_STREAMS}; or by stretches of the model: layers.0-11=4,layers.12-23=2,*=3.",
     ),
 ]
+Connected = Annotated[
+    str,
+    typer.Option(
+        "--connection",
+        metavar="NAME",
+        help=f"How H_res is made: {', '.join(CONNECTIONS)}, or one that the file registers.",
+    ),
+]
+Static = Annotated[bool, typer.Option("--static", help="Coefficients from the bias alone, alike for all tokens.")]
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option("--config", metavar="KEY=VALUE", help="An option of the model's config or callable. Repeatable."),

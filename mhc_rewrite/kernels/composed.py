@@ -127,7 +127,7 @@ def _gradients(
     if name in KINDS:
         made = aten.coefficients_backward(*gradients, raw, alpha, bias, name, iterations)
     else:
-        graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device.type)
+        graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device)
         made = graph(*gradients, raw, alpha, bias)
     h_pre, g_raw, g_alpha, g_bias = made
     if is_static(kind):
@@ -136,13 +136,16 @@ def _gradients(
 
 
 @functools.cache
-def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torch.dtype, device: str) -> fx.GraphModule:
+def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torch.dtype, device: torch.device) -> fx.GraphModule:
     """(g_pre, g_post, g_res, raw, alpha, bias) -> (H_pre, g_raw, g_alpha, g_bias), as a graph of aten for any T."""
 
     def gradients(g_pre: Tensor, g_post: Tensor, g_res: Tensor, *inputs: Tensor) -> Outputs:
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
         made = function(*inputs, n)
-        grads = torch.autograd.grad(made, inputs, (g_pre, g_post, g_res), materialize_grads=True)
+        # Of a mapping that depends on nothing there is nothing to pass on.
+        pairs = [(h, g) for h, g in zip(made, (g_pre, g_post, g_res), strict=True) if h.requires_grad]
+        outputs, g_outputs = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, inputs, g_outputs, materialize_grads=True)
         return made[0].detach(), *grads
 
     def made() -> fx.GraphModule:

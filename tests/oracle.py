@@ -6,6 +6,7 @@ Sinkhorn iterations are the direct ones on exp(A), fit for the moderate logits o
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import connections_by_hand
+
 SITE_PARAMETER = re.compile(r"(?:^|\.)mhc_\d+\.(phi|alpha|bias)$")
 
 
 class Params(NamedTuple):
-    """One site's parameters. mhc: phi (n*C, n^2 + 2n); hc: phi (C, n + 2); alpha (3,), bias (n^2 + 2n,)."""
+    """One site's parameters. mhc: phi (n*C, n^2 + 2n); hc: phi (C, n + 2); alpha (3,), bias (n^2 + 2n,).
+
+    In place of n^2 other connections have as many logits of H_res as `connections_by_hand.COLUMNS` says.
+    """
 
     phi: Tensor
     alpha: Tensor
@@ -73,15 +79,22 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
 
 def mhc_coefficients(params: Params, X: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """H_pre (..., n), H_post (..., n), H_res (..., n, n) of the state X (..., n, C) [14 to 19]."""
+    return _coefficients(lambda logits, n: sinkhorn(logits.unflatten(-1, (n, n))), params, X, eps)
+
+
+def _coefficients(
+    h_res: Callable[[Tensor, int], Tensor], params: Params, X: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     n = X.shape[-2]
     x = X.flatten(-2)
     r = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    pre, post, res = ((x @ params.phi) / r).split([n, n, n * n], dim=-1)
-    b_pre, b_post, b_res = params.bias.split([n, n, n * n])
+    columns = [n, n, len(params.bias) - 2 * n]
+    pre, post, res = ((x @ params.phi) / r).split(columns, dim=-1)
+    b_pre, b_post, b_res = params.bias.split(columns)
     return (
         torch.sigmoid(params.alpha[0] * pre + b_pre),
         2 * torch.sigmoid(params.alpha[1] * post + b_post),
-        sinkhorn((params.alpha[2] * res + b_res).unflatten(-1, (n, n))),
+        h_res(params.alpha[2] * res + b_res, n),
     )
 
 
@@ -101,7 +114,11 @@ def hc_coefficients(params: Params, X: Tensor, eps: float) -> tuple[Tensor, Tens
     )
 
 
-COEFFICIENTS = {"mhc": mhc_coefficients, "hc": hc_coefficients}
+COEFFICIENTS: dict[str, Callable[[Params, Tensor, float], tuple[Tensor, Tensor, Tensor]]] = {
+    "mhc": mhc_coefficients,
+    "hc": hc_coefficients,
+    **{name: functools.partial(_coefficients, h_res) for name, h_res in connections_by_hand.H_RES.items()},
+}
 
 
 def tokens_last(X: Tensor, channel_dim: int) -> Tensor:
@@ -138,7 +155,7 @@ class Streams:
         state: name -> tensor, with the site parameters of the converted model.
         n: number of streams.
         channel_dim: the trunk's channels: -1, or 1 for NCHW.
-        connection: "mhc" or "hc".
+        connection: a name in `COEFFICIENTS`.
     """
 
     def __init__(self, state: Mapping[str, Tensor], n: int, channel_dim: int = -1, connection: str = "mhc") -> None:

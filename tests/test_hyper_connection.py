@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import connections_by_hand
 from mhc_rewrite import HyperConnection, MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.errors import MHCError
@@ -30,7 +31,8 @@ class Form(NamedTuple):
     channel_dim: int = -1
 
 
-FORMS = [Form(c, n, dim) for c in CONNECTIONS for n in STREAMS for dim in (-1, 1)]
+FORMS = [Form(c, n, dim) for c in CONNECTIONS for n in STREAMS if not CONNECTIONS[c].refuses(n) for dim in (-1, 1)]
+FEW = {c: 4 if CONNECTIONS[c].refuses(3) else 3 for c in CONNECTIONS}
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -62,17 +64,25 @@ def branch_output(form: Form = Form(), dtype: torch.dtype = torch.float64) -> Te
 # -- the formulas, one token at a time and written out ---------------------------------------------------------------
 
 
-def mhc_token(site: HyperConnection, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 14 to 19 for one state (n, C)."""
+def gated_token(site: HyperConnection, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 14 to 18 for one state (n, C), and the logits of H_res."""
     n = len(X)
     x = torch.cat(list(X))
     r = (sum(v * v for v in x) / len(x) + site.config.eps_norm) ** 0.5
     raw = [(x * column).sum() / r for column in site.phi.T]
     a_pre, a_post, a_res = site.alpha
-    logit = [a * value + b for a, value, b in zip([a_pre] * n + [a_post] * n + [a_res] * n * n, raw, site.bias)]
+    scale = [a_pre] * n + [a_post] * n + [a_res] * (len(raw) - 2 * n)
+    logit = [a * value + b for a, value, b in zip(scale, raw, site.bias, strict=True)]
     pre = torch.stack([1 / (1 + torch.exp(-v)) for v in logit[:n]])
     post = torch.stack([2 / (1 + torch.exp(-v)) for v in logit[n : 2 * n]])
-    res = torch.stack([torch.exp(v) for v in logit[2 * n :]]).reshape(n, n)
+    return pre, post, torch.stack(logit)[2 * n :]
+
+
+def mhc_token(site: HyperConnection, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 19 too."""
+    n = len(X)
+    pre, post, logits = gated_token(site, X)
+    res = torch.exp(logits).reshape(n, n)
     for _ in range(site.config.sinkhorn_iterations):
         res = torch.stack([column / column.sum() for column in res.T]).T
         res = torch.stack([row / row.sum() for row in res])
@@ -111,7 +121,14 @@ def hc_token(site: HyperConnection, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return A_m, B, A_r.T  # H' = A_r^T H + B h_o^T
 
 
+def relative_token(site: HyperConnection, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those that differ from mHC in what they make of the logits of H_res."""
+    pre, post, logits = gated_token(site, X)
+    return pre, post, connections_by_hand.H_RES[site.config.connection](logits, len(X))
+
+
 TOKEN = {"mhc": mhc_token, "deepseek_v4": deepseek_v4_token, "hc": hc_token}
+TOKEN |= dict.fromkeys(connections_by_hand.H_RES, relative_token)
 
 
 def tokens(X: Tensor, channel_dim: int, streams: bool) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -149,7 +166,7 @@ def test_formulas(form: Form) -> None:
     torch.testing.assert_close(site.post(X, y, mix), want, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", [Form(c, 3, dim) for c in CONNECTIONS for dim in (-1, 1)], ids=str)
+@pytest.mark.parametrize("form", [Form(c, FEW[c], dim) for c in CONNECTIONS for dim in (-1, 1)], ids=str)
 def test_gradients(form: Form) -> None:
     site = new_site(form, sinkhorn_iterations=5)
     grads = []
@@ -170,7 +187,7 @@ def test_gradients(form: Form) -> None:
 @pytest.mark.parametrize("fields", [{"sinkhorn_iterations": 1}, {"sinkhorn_iterations": 3}, {"eps_norm": 0.5}], ids=str)
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_options_reach_the_formulas(connection: str, fields: dict[str, float]) -> None:
-    form = Form(connection, 3)
+    form = Form(connection, FEW[connection])
     site, X, y = new_site(form, **fields), state(form), branch_output(form)
     u, mix = site.pre(X)
     want_u, want = by_token(site, X, y)
@@ -178,7 +195,8 @@ def test_options_reach_the_formulas(connection: str, fields: dict[str, float]) -
     torch.testing.assert_close(site.post(X, y, mix), want, rtol=1e-11, atol=1e-12)
     defaults = new_site(form)
     other = defaults.post(X, y, defaults.pre(X)[1])
-    assert (connection == "hc" and "eps_norm" not in fields) or (other - want).abs().max() > 1e-4
+    takes = "eps_norm" in fields or connection in ("mhc", "deepseek_v4")
+    assert ((other - want).abs().max() > 1e-4) == takes
 
 
 @pytest.mark.parametrize("form", [Form(n=3), Form(n=3, channel_dim=1)], ids=str)
@@ -202,10 +220,11 @@ def test_coefficients_are_those_that_pre_and_post_use(form: Form) -> None:
 def test_shapes(form: Form) -> None:
     site, X, y = new_site(form), state(form), branch_output(form)
     n = form.n
+    columns = 2 * n + connections_by_hand.COLUMNS.get(form.connection, lambda n: n * n)(n)
     assert {name: tuple(p.shape) for name, p in site.named_parameters()} == {
-        "phi": (n * WIDTH, n * n + 2 * n) if form.connection != "hc" else (WIDTH, n + 2),
+        "phi": (n * WIDTH, columns) if form.connection != "hc" else (WIDTH, n + 2),
         "alpha": (3,),
-        "bias": (n * n + 2 * n,),
+        "bias": (columns,),
     }
     assert list(site.state_dict()) == ["phi", "alpha", "bias", "_extra_state"] and not list(site.children())
     u, mix = site.pre(X)
@@ -329,7 +348,7 @@ def test_autocast_does_not_reach_the_site(connection: str, trunk: torch.dtype) -
     for mine, other in zip((got_u, *got_mix, got, *got_h), (u, *mix, want, *h), strict=True):
         assert mine.dtype == other.dtype and torch.equal(mine, other)
     assert {t.dtype for t in got_h} == {F32}
-    if connection != "hc":
+    if connection not in ("hc", "cayley"):
         assert (got_h.res.sum(-1) - 1).abs().max() < 2e-6  # rounded to bf16 it would be 3e-3
 
 
@@ -416,7 +435,7 @@ def test_paper() -> None:
 @pytest.mark.parametrize("init", ["preserve", "equal", "paper"])
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_reset_parameters_after_meta(connection: str, init: str) -> None:
-    config = MHCConfig(n_streams=3, connection=connection, init=init)
+    config = MHCConfig(n_streams=FEW[connection], connection=connection, init=init)
     torch.manual_seed(0)
     fresh = HyperConnection(WIDTH, config, index=4)
     site = HyperConnection(WIDTH, config, index=4, device="meta")

@@ -69,7 +69,7 @@ def slices(parameters: dict[str, Tensor], n: int) -> dict[str, Tensor]:
         if match is None or (match[1] == "phi" and p.shape[1] == n + 2):
             grads[name] = p.grad
             continue
-        widths = [1, 1, 1] if match[1] == "alpha" else [n, n, n * n]
+        widths = [1, 1, 1] if match[1] == "alpha" else [n, n, p.shape[-1] - 2 * n]
         for part, grad in zip(("pre", "post", "res"), p.grad.split(widths, dim=-1)):
             grads[f"{name}[{part}]"] = grad
     return grads

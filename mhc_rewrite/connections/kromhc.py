@@ -45,7 +45,12 @@ def _groups(n: int) -> Iterator[tuple[Sequence[int], float]]:
     """
     k = _factors(n)
     for ones in range(k + 1):
-        yield [stream for stream in range(n) if stream.bit_count() == ones], (k - 2 * ones) / k
+        streams = [stream for stream in range(n) if stream.bit_count() == ones]
+        if (
+            2 * ones > k
+        ):  # in an order in which a site reads them by other digits than their complements, or both cancel
+            streams = streams[-2::-1] + streams[-1:]
+        yield streams, (k - 2 * ones) / k
 
 
 def _mixing(n: int, uniform: float) -> Sequence[float]:

@@ -127,7 +127,7 @@ def _gradients(
     if name in KINDS:
         made = aten.coefficients_backward(*gradients, raw, alpha, bias, name, iterations)
     else:
-        graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device.type)
+        graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device)
         made = graph(*gradients, raw, alpha, bias)
     h_pre, g_raw, g_alpha, g_bias = made
     if is_static(kind):
@@ -136,7 +136,9 @@ def _gradients(
 
 
 @functools.cache
-def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torch.dtype, device: str) -> fx.GraphModule:
+def gradients_of(
+    function: Callable[..., Any], n: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> fx.GraphModule:
     """(g_pre, g_post, g_res, raw, alpha, bias) -> (H_pre, g_raw, g_alpha, g_bias), as a graph of aten for any T."""
 
     def gradients(g_pre: Tensor, g_post: Tensor, g_res: Tensor, *inputs: Tensor) -> Outputs:

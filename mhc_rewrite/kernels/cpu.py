@@ -225,9 +225,7 @@ def read_products(g_u: Tensor, X: Tensor) -> Tensor:
     return torch.ops.mhc_rewrite_cpu.read_products(g_u, X)
 
 
-def post_project(
-    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float
-) -> tuple[Tensor, ...]:
+def post_project(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, ...]:
     """As in aten.py: X', raw, r."""
     return torch.ops.mhc_rewrite_cpu.post_project(_wide(X, y), y, h_post, h_res, phi, eps)
 
@@ -297,9 +295,7 @@ def _shapes_of_project(X: Tensor, phi: Tensor, eps: float) -> Outputs:
     return phi.new_empty(X.shape[0], phi.shape[1]), phi.new_empty(X.shape[0], 1)
 
 
-def _shapes_of_post_project(
-    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float
-) -> Outputs:
+def _shapes_of_post_project(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float) -> Outputs:
     return _shapes_of_post(X, y, h_post, h_res), *_shapes_of_project(X, phi, eps)
 
 
@@ -336,9 +332,7 @@ _declare(
     _like(4, 11),
 )  # fmt: skip
 _declare("project", "Tensor X, Tensor phi, float eps", 2, _shapes_of_project)
-_declare(
-    "project_backward", f"Tensor g_u, Tensor h_pre, Tensor g_raw, Tensor X, Tensor phi, {_KEPT}", 2, _like(3, 5)
-)
+_declare("project_backward", f"Tensor g_u, Tensor h_pre, Tensor g_raw, Tensor X, Tensor phi, {_KEPT}", 2, _like(3, 5))
 _declare("post_project", f"{_BRANCH}, Tensor phi, float eps", 3, _shapes_of_post_project)
 _declare(
     "post_project_backward",

@@ -26,12 +26,13 @@ CEILING = {
     "boundary, coefficients": (144, 128),
     "boundary, state": (128, 128),
     "boundary, unmix": (255, 400),
-    "boundary, parameters": (255, 336),
+    "boundary, parameters": (255, 488),
     "pre, few tokens": (184, 184),
     "few tokens, finish": (96, 96),
 }
 STACK = 16  # bytes a thread that ptxas may put aside, to stay at 64 or 128 registers; a value of a loop takes more
-STACK_OF_EIGHT = 128  # larger blocks that spill were faster than smaller ones that do not, on an H100
+STACK_OF_EIGHT = 144  # larger blocks that spill were faster than smaller ones that do not, on an H100
+STACK_OF_MANY_ON_AMD = 48  # registers, with 288 columns
 # MHC_WHOLE_GRID=1: more streams, all targets and every configuration; otherwise the newest two of NVIDIA, one of AMD,
 # and one configuration that is no default.
 WHOLE_GRID = os.environ.get("MHC_WHOLE_GRID") == "1"
@@ -67,9 +68,8 @@ def test_with_given_coefficients(n: int, columns: int, target: str) -> None:
     for kernel, launch in launches.items():
         used = kernel_compile.resources(launch, kernel_compile.TARGETS[target])
         assert used.shared <= kernel_compile.SHARED[target], (kernel, used)
-        # On AMD the gradient of more columns than mHC has is cut too coarsely: its compiler puts sums aside.
-        if not (amd and kernel == "made, parameters"):
-            assert used.spills <= (0 if amd else STACK if n <= 4 else STACK_OF_EIGHT), (kernel, used)
+        most = (0 if columns <= 130 else STACK_OF_MANY_ON_AMD) if amd else STACK if n <= 4 else STACK_OF_EIGHT
+        assert used.spills <= most, (kernel, used)
         if kernel == "read":
             assert used.wide >= n + 1, (kernel, used)
 

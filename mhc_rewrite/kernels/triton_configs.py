@@ -161,10 +161,13 @@ def _pre_parameters(n: int, width: int, tokens: int) -> list[Config]:
 
 def _boundary_parameters(n: int, width: int, tokens: int) -> list[Config]:
     wide = 64 if n <= 4 else 32 if n <= 8 else 8
-    if lanes() == 64 and 2 < n <= 8:  # AMD's compiler puts hundreds of bytes aside
+    amd = lanes() == 64
+    if amd and 2 < n <= 8:  # AMD's compiler puts hundreds of bytes aside
         wide //= 2
     columns = max(min(width, wide), 16 // power_of_two(n))
     default = Config("default", 32, columns, 4 if n <= 4 else 8, 3 if 4 < n <= 8 else 2, 256)
+    if amd and n > 4:  # likewise; four warps have twice the registers
+        default = Config("default", 16, columns, 4, 2, 256)
     return [default, dataclasses.replace(default, name="few_parts", parts=default.parts // 2)]
 
 

@@ -190,13 +190,18 @@ def run_part(part: str, slice_: int, of: int, out: Path, device: str, tiny: bool
     if part in ("models", "warm", "training"):
         build_once(out)
     if part == "checks":
-        from gpu_check import SHORT, WHOLE, check_one
+        from gpu_check import GIVEN, SHORT, SHORT_GIVEN, WHOLE, check_given, check_one
         from gpu_operators import OPERATORS
 
         cases = [(case, name) for case in (SHORT[:2] if tiny else WHOLE) for name in OPERATORS]
         for case, name in cases[slice_::of]:
             started = time.monotonic()
             row = {"case": str(case), "operator": name, **check_one(case, name, device)}
+            record({**row, "s": round(time.monotonic() - started, 1)})
+            _stop_after_a_fault(row["wrong"])
+        for case in (SHORT_GIVEN if tiny else GIVEN)[slice_::of]:
+            started = time.monotonic()
+            row = check_given(case, device)
             record({**row, "s": round(time.monotonic() - started, 1)})
             _stop_after_a_fault(row["wrong"])
     elif part == "models":

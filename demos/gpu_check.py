@@ -3,7 +3,8 @@
     python demos/gpu_check.py                  # NVIDIA or AMD; under five minutes
     python demos/gpu_check.py --quick --json check.json
 
-1. Every operator, forward and backward, against the reference in fp64, with every new buffer filled with NaN first.
+1. Every operator, forward and backward, against the reference in fp64, with every new buffer filled with NaN first; and
+   those that connections of one function run on.
 2. Times, forward and forward with backward, beside aten eager and compiled, Liger's and TransformerEngine's operators.
    A fraction is the time of a `copy_` that moves as many bytes as the operator must, over the operator's own time;
    both run in the same rounds, in turn, and medians are taken.
@@ -17,20 +18,20 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
 import torch
 import typer
-from gpu_operators import CONTENDERS, EPS, OPERATORS, Size, distance, operands
+from gpu_operators import BRANCH, CONTENDERS, EPS, OPERATORS, Outputs, Size, distance, operands
 from gpu_times import measure, times_table
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from mhc_rewrite.kernels import reference, triton_configs
+from mhc_rewrite.kernels import aten, gpu, reference, triton_configs
 from mhc_rewrite.kernels.kinds import KINDS
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -57,6 +58,24 @@ WHOLE = [
     Case(Size(13, 4, 5129), BF16), Case(Size(2048, 4, 7168), BF16), Case(Size(1, 4, 16384), F32),
     Case(Size(2048, 4, 1024), BF16, "deepseek_v4"), Case(Size(2048, 4, 1024), BF16, "hc"),
     Case(Size(2048, 4, 1024, 1), BF16), Case(Size(5, 16, 129), F32),
+]  # fmt: skip
+
+
+class Given(NamedTuple):
+    """The operators that are given their coefficients, with any number of columns of phi."""
+
+    size: Size
+    columns: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.columns} columns, {name_of(self.dtype)}"
+
+
+SHORT_GIVEN = [Given(Size(13, 4, 300), 14, F32), Given(Size(33, 4, 129, 1), 0, BF16)]
+GIVEN = [
+    *SHORT_GIVEN, Given(Size(257, 4, 768), 32, BF16), Given(Size(33, 5, 768), 130, BF16),
+    Given(Size(70, 4, 512, 1), 24, F16), Given(Size(257, 8, 512), 288, F32),
 ]  # fmt: skip
 # Training, and decoding with a few tokens.
 TIMED = {
@@ -98,6 +117,7 @@ def main(
     times = device == "cuda" if times is None else times
     rounds = 5 if quick else 30
     cases = SHORT if device == "cpu" or quick else WHOLE
+    of_given = SHORT_GIVEN if device == "cpu" or quick else GIVEN
     sizes = TIMED[device][:1] if quick else TIMED[device]
 
     settings = {**about(device), "cases": len(cases)}
@@ -106,6 +126,11 @@ def main(
     console.print(settings_table(settings))
     checked = check(cases, device)
     console.print(correctness_table(checked))
+    given = [check_given(case, device) for case in of_given]
+    for row in given:
+        said = f"[red]{row['wrong']}[/red]" if row["wrong"] else f"{row['error']:.1e}, {row['launches']}"
+        console.print(f"given coefficients, {row['case']}: {said}", highlight=False)
+    checked += given
     measured = measure(sizes, timed[dtype], device, rounds, contender or list(CONTENDERS)) if times else []
     for size in sizes if times else []:
         console.print(times_table([row for row in measured if row["size"] == str(size)], size, dtype))
@@ -172,6 +197,68 @@ def check_one(case: Case, name: str, device: str) -> dict[str, Any]:
         if not errors[-1] <= CLOSE[case.dtype]:
             wrong.append(part)
     return {"error": max(errors), "wrong": ", ".join(wrong), "launches": len(launches)}
+
+
+def check_given(case: Given, device: str) -> dict[str, Any]:
+    """A row as `check_one` makes it, of all seven operators: of a state that is there, and of one that `post` makes."""
+    (tokens, n, width, streams), columns, dtype = case
+    values = operands(case.size, dtype, device)
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    X, y, h_post, h_res = (values[name] for name in BRANCH)
+    h_res = h_res.sum(-1, keepdim=True) if streams == 1 else h_res
+    g_state, g_u, g_raw = random(tokens, n, width).to(dtype), random(tokens, width).to(dtype), random(tokens, columns)
+    close = CLOSE[dtype]
+    run = gpu if device == "cuda" else aten
+    errors: dict[str, float] = {}
+
+    def hold(names: str, got: Iterable[Tensor], want: Iterable[Tensor]) -> None:
+        for name, mine, truth in zip(names.split(", "), got, want, strict=True):
+            errors[name] = distance(mine, truth) / max(float(truth.norm()), 1e-30)
+
+    def truth(state: Tensor, h_pre: Tensor, phi: Tensor) -> Outputs:
+        r = (state.square().mean((-1, -2)).unsqueeze(-1) + EPS).sqrt()
+        return reference.mix_in(state, h_pre), state.flatten(1) @ phi / r
+
+    def wide(*tensors: Tensor) -> list[Tensor]:
+        return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+    try:
+        with poisoned(), counted_launches() as launches:
+            h_pre, phi = random(tokens, X.shape[1]), random(X.shape[1] * width, columns) / width**0.5
+            raw, r = run.project(X, phi, EPS)
+            leaves = wide(X, h_pre, phi)
+            want = truth(*leaves)
+            hold("u, raw", (run.read(X, h_pre), raw), want)
+            g_X, g_phi = run.project_backward(g_u, h_pre, g_raw, X, phi, raw, r)
+            gradients = torch.autograd.grad(want, leaves, (g_u.double(), g_raw.double()))
+            hold("g_X, g_pre, g_phi", (g_X, run.read_products(g_u, X), g_phi), gradients)
+
+            h_pre, phi = random(tokens, n), random(n * width, columns) / width**0.5
+            state, raw, r = run.post_project(X, y, h_post, h_res, phi, EPS)
+            leaves = wide(X, y, h_post, h_res, h_pre, phi)
+            exact = reference.mix_out(*leaves[:4])
+            stored = exact + (state.double() - exact).detach()  # what the projection reads
+            want = truth(stored, *leaves[4:])
+            hold("X', raw of X'", (state, raw), (exact, want[1]))
+            made = (X, y, h_post, h_res)
+            *of_mix, g_phi = run.post_project_backward(g_state, g_u, h_pre, g_raw, *made, phi, raw, r)
+            weights = tuple(g.double() for g in (g_state, g_u, g_raw))
+            gradients = torch.autograd.grad((stored, *want), leaves, weights)
+            g_pre = run.post_read_products(g_u, *made)
+            names = "g_X of X', g_y, g_post, g_res, g_pre of X', g_phi of X'"
+            hold(names, (*of_mix, g_pre, g_phi), gradients)
+    except Exception as error:
+        return {
+            "case": str(case), "operator": "given", "error": None, "launches": 0,
+            "wrong": f"{type(error).__name__}: {error}"[:300],
+        }  # fmt: skip
+    wrong = [name for name, error in errors.items() if not error <= close]
+    row = {"case": str(case), "operator": "given", "error": max(errors.values()), "launches": len(launches)}
+    return {**row, "wrong": ", ".join(wrong)}
 
 
 def terms_of_alpha(name: str, wide: dict[str, Tensor], kind: str) -> float:

@@ -46,12 +46,17 @@ gradients. Times are medians on the device, with nothing of what is read in its 
 
 
 def _checks(rows: list[Row]) -> str:
+    given = [[row["case"], _error(row)] for row in rows if row["operator"] == "given"]
+    rows = [row for row in rows if row["operator"] != "given"]
     operators = list(dict.fromkeys(row["operator"] for row in rows))
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["operator"]: row for row in rows if row["case"] == case}
         lines.append([case, *(_error(found.get(operator)) for operator in operators)])
-    return table(["tokens x n x C, dtype, kind: worst relative error", *operators], lines)
+    tables = [table(["tokens x n x C, dtype, kind: worst relative error", *operators], lines)]
+    if given:
+        tables.append(table(["tokens x n x C, columns, dtype: operators with given coefficients", "error"], given))
+    return "\n\n".join(tables)
 
 
 def _error(row: Row | None) -> str:

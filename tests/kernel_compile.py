@@ -34,7 +34,9 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 # n, and columns of phi where coefficients are given: none, few, as many as mHC has, many
-COLUMNS = [(4, 0), (4, 8), (4, 24), (4, 32), (8, 80), (5, 130), (16, 288)]
+COLUMNS = [(4, 0), (4, 8), (4, 24), (4, 32), (8, 80), (5, 130), (8, 288)]
+# Bytes of shared memory that a program can have.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

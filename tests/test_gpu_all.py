@@ -38,7 +38,7 @@ def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
         "models:0:4": 0,
         "warm:1:4": 0,
     }, log
-    assert len(of["checks"]) == 8 and not any(row["wrong"] for row in of["checks"])
+    assert len(of["checks"]) == 8 + 2 and not any(row["wrong"] for row in of["checks"])
     assert len(of["models"]) == 12 and all(row["right"] for row in of["models"]), of["models"]
     assert not any("failed" in row for row in of["warm"] + of["sweep"] + of["training"]), log
     assert all(row["error"] < 2e-2 for row in of["sweep"])

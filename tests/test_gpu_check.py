@@ -41,9 +41,9 @@ def test_without_a_gpu_it_says_so_and_checks_the_cpu(tmp_path: Path) -> None:
     done = run("--quick", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[0].startswith("No GPU is present")
-    assert "24 of 24 checks" in done.stdout
+    assert "26 of 26 checks" in done.stdout
     figures = json.loads(file.read_text())
-    assert figures["times"] == [] and len(figures["correctness"]) == 24
+    assert figures["times"] == [] and len(figures["correctness"]) == 24 + 2
     assert not any(row["wrong"] for row in figures["correctness"])
 
 
@@ -104,3 +104,20 @@ def test_a_broken_operator_is_found(script: Any, fault: str, monkeypatch: pytest
     said = "out of registers" if fault == "an exception" else "output 0"
     assert said in row["wrong"]
     assert check.correctness_table([{"case": "c", "operator": "post", **row}]).row_count == 1
+
+
+@pytest.mark.parametrize("name", ["project", "read", "read_products", "post_project_backward"])
+def test_a_broken_operator_with_given_coefficients_is_found(
+    script: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, _, _ = script
+    for case in check.SHORT_GIVEN:
+        assert not check.check_given(case, "cpu")["wrong"]
+    run = getattr(check.aten, name)
+
+    def broken(*args: Any) -> Any:
+        out = run(*args)
+        return out * 1.001 if isinstance(out, torch.Tensor) else (out[0] * 1.001, *out[1:])
+
+    monkeypatch.setattr(check.aten, name, broken)
+    assert check.check_given(check.SHORT_GIVEN[0], "cpu")["wrong"]

@@ -105,15 +105,18 @@ def _unmix(n: int, width: int, tokens: int) -> list[Config]:
 
 def _pre(n: int, width: int, tokens: int) -> list[Config]:
     """For many tokens cut into a few parts; for few into many; where rows are short one launch is enough."""
-    # phi is read once a block of tokens: more columns of phi call for larger blocks, and shorter rows then. More than
-    # 256 columns, of 16 streams, take all of a multiprocessor's shared memory, and more, at 128 tokens.
+    # phi is read once a block of tokens: more columns of phi call for larger blocks, and shorter rows then. Those of 16
+    # streams are 512 with the padding: at 128 tokens more than a multiprocessor's shared memory holds.
+    most = n > 15
     split = Config(
-        "split", 128 if n <= 15 else 64, min(max(width, 16), 64 if n <= 4 else 16), 8,
-        4 if n <= 4 else 3 if n <= 8 else 2, _parts(tokens, 128, 512 if n <= 4 else 256),
+        "split", 32 if most else 128, min(max(width, 16), 64 if n <= 4 else 16), 8,
+        4 if n <= 4 else 3 if n <= 8 else 2, _parts(tokens, 32 if most else 128, 512 if n <= 4 else 256),
     )  # fmt: skip
     block = 32 if n <= 4 else 16
     whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
-    few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32 if n <= 15 else 16), 8 if n <= 4 else 4, parts=64)
+    few = Config(
+        "few", 16, min(max(width, 16), 64 if n <= 4 else 16 if most else 32), 8 if n <= 4 or most else 4, parts=64
+    )
     chosen = whole if width < 256 else few if tokens <= 64 else split
     return [dataclasses.replace(chosen, name="default"), whole, split, few]
 
@@ -158,10 +161,13 @@ def _pre_parameters(n: int, width: int, tokens: int) -> list[Config]:
 
 def _boundary_parameters(n: int, width: int, tokens: int) -> list[Config]:
     wide = 64 if n <= 4 else 32 if n <= 8 else 8
-    if lanes() == 64 and 2 < n <= 8:  # AMD's compiler puts hundreds of bytes aside
+    amd = lanes() == 64
+    if amd and 2 < n <= 8:  # AMD's compiler puts hundreds of bytes aside
         wide //= 2
     columns = max(min(width, wide), 16 // power_of_two(n))
     default = Config("default", 32, columns, 4 if n <= 4 else 8, 3 if 4 < n <= 8 else 2, 256)
+    if amd and n > 4:  # likewise; four warps have twice the registers
+        default = Config("default", 16, columns, 4, 2, 256)
     return [default, dataclasses.replace(default, name="few_parts", parts=default.parts // 2)]
 
 

@@ -63,7 +63,7 @@ def _refuses(n: int) -> str:
         return ""
     low = 1 << _factors(n)
     return (
-        f"kromhc is a product of 2 x 2 factors, so n_streams has to be a power of two: {low} or {2 * low}, not {n}. "
+        f"it is a product of 2 x 2 factors, so n_streams has to be a power of two: {low} or {2 * low}, not {n}. "
         "connection='tbp' takes any n"
     )
 

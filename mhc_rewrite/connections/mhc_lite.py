@@ -50,8 +50,8 @@ def _refuses(n: int) -> str:
     if n <= MAX_STREAMS:
         return ""
     return (
-        f"mhc_lite mixes all n! permutations, which for n_streams={n} are {math.factorial(n)}; it goes up to "
-        f"n_streams={MAX_STREAMS}. connection='tbp' reaches the same matrices with (n - 1)^2 logits, for any n"
+        f"it mixes all n! permutations, {math.factorial(n)} for {n} streams, and goes up to n_streams={MAX_STREAMS}. "
+        "connection='tbp' reaches the same matrices with (n - 1)^2 logits, for any n"
     )
 
 

@@ -516,7 +516,7 @@ def test_plans_and_reports_say_it() -> None:
     made = plan(chosen(), x, n_streams={"layers.0-1": 4, "*": 2}, exclude="layers.2.mhc_0")
     said = str(made)
     assert "(n = 4 at layers.0-1, 2 at *, mhc, init preserve)" in said
-    assert "streams along it: 4 (4 sites), 2 (3 sites)" in said
+    assert "n = 4 at 4 sites, then 2 at 3 sites" in said
     rows = [line.split() for line in said.splitlines() if "mhc_" in line]
     assert [(row[0], row[-3]) for row in rows if row[-3].isdigit()] == [
         ("layers.{0,1}.mhc_0", "4"), ("layers.{0,1}.mhc_1", "4"),

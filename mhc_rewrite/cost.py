@@ -26,6 +26,9 @@ from mhc_rewrite.plans import RewritePlan
 # Tokens, width, streams, sites of a stream (calls), of which M have parameters of their own, sites of a segment of
 # recomputation, bytes of an element, Sinkhorn-Knopp's iterations.
 T, C, n, L, M, L_r, s, t_max = sympy.symbols("T C n L M L_r s t_max", positive=True, integer=True)
+# Logits of H_res, where the connection is a function.
+K_res = sympy.symbols("K_res", nonnegative=True, integer=True)
+COLUMNS = {K_res: "logits of H_res"}
 # Where n changes within a stream.
 n_0, n_1 = sympy.symbols("n_0 n_1", positive=True, integer=True)
 RESIZED = {n_0: "streams before they are resized", n_1: "n behind that, and 1 where a stream begins"}
@@ -138,13 +141,25 @@ class Cost:
     streams: tuple[Stream, ...]
 
     @property
+    def _in_kernels(self) -> bool:
+        return self.config.dynamic and self.config.connection in KINDS
+
+    @property
     def _constrained(self) -> bool:
-        return KINDS[CONNECTIONS[self.config.connection].kind].constrained
+        """Whether every token has its own Sinkhorn-Knopp."""
+        return self._in_kernels and KINDS[self.config.connection].constrained
+
+    @property
+    def _columns(self) -> sympy.Expr:
+        """Coefficients of a site."""
+        return 2 * n + (n**2 if self.config.connection in KINDS else K_res)
 
     @property
     def _raw(self) -> sympy.Expr:
-        """raw and r: fp32 numbers of a token and site; without constraint there is a norm for each stream."""
-        return n**2 + 2 * n + (1 if self._constrained else n)
+        """raw and r: fp32 numbers of a token and site; hc has a norm for each stream, and without phi r is all."""
+        if not self.config.dynamic:
+            return sympy.Integer(1)
+        return self._columns + (n if self.config.connection == "hc" else 1)
 
     @property
     def traffic(self) -> dict[str, tuple[Traffic, Traffic]]:
@@ -154,9 +169,11 @@ class Cost:
           output's gradient and its inputs, and two sums that bring the gradients of X together;
         - fused: `pre` and `post`. Backward, pre's launch takes up the gradient of X that post's has written;
         - boundary: post of a site and pre of the next in one launch, at every site. A stream's first pre and last post
-          are no boundary and move (n + 4)C together, not the (2n + 2)C of one.
+          are no boundary and move (n + 4)C together, not the (2n + 2)C of one. Where the connection is a function, it
+          stands between the projection and the sweep over X' that makes u, which reads nC more.
         """
-        mix, both = n**2 + n, n**2 + 2 * n
+        mix, both = n**2 + n, self._columns
+        again = 0 if self._in_kernels else n * C
         forward, backward = 2 * mix + self._raw, 3 * mix + self._raw
         return {
             "unfused": (
@@ -168,7 +185,7 @@ class Cost:
                 Traffic((4 * n + 2) * C, (2 * n + 1) * C, backward, n * C),
             ),
             "boundary": (
-                Traffic((n + 1) * C, (n + 1) * C, forward),
+                Traffic((n + 1) * C + again, (n + 1) * C, forward),
                 Traffic((2 * n + 2) * C, (n + 1) * C, backward, (n + 1) * C),
             ),
         }
@@ -187,7 +204,7 @@ class Cost:
     @property
     def flops(self) -> tuple[Flops, Flops]:
         """Forward and backward, a token and site."""
-        columns = n**2 + 2 * n
+        columns = self._columns if self.config.dynamic else sympy.Integer(0)
         forward = sinkhorn = sympy.Integer(0)
         if self._constrained:
             # exp; then columns and rows in turn: n - 1 sums and n divisions for each of n.
@@ -203,8 +220,9 @@ class Cost:
     @property
     def parameters(self) -> sympy.Expr:
         """phi, alpha and bias of a stream's sites."""
-        rows, columns = CONNECTIONS[self.config.connection].phi_shape(n, C)
-        return M * (rows * columns + 3 + n**2 + 2 * n)
+        connection = CONNECTIONS[self.config.connection]
+        rows, columns = connection.phi_shape(n, C) if connection.phi_shape else (n * C, self._columns)
+        return M * ((rows * columns + 3 if self.config.dynamic else 0) + self._columns)
 
     @property
     def kept(self) -> Kept:
@@ -269,6 +287,7 @@ class Cost:
             T: tokens, C: stream.width, n: streams, L: stream.sites, M: stream.modules, s: stream.itemsize,
             L_r: min(segment or best_segment(streams, stream.sites), stream.sites),
             t_max: self.config.sinkhorn_iterations, n_0: stream.before, n_1: streams if stream.before > 1 else 1,
+            K_res: CONNECTIONS[self.config.connection].columns(streams),
         }))  # fmt: skip
 
     def moved(self, fusion: str, tokens: int = 1) -> tuple[int, int]:

@@ -269,11 +269,15 @@ def test_a_change_that_forgets_the_streams_is_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "connection,init", [("hc", "preserve"), ("deepseek_v4", "preserve"), ("mhc", "equal"), ("mhc", "near_identity")]
-)
+    "connection,init",
+    [
+        *((name, "preserve") for name in ("hc", "deepseek_v4", "identity", "mhc_lite", "tbp", "cayley")),
+        ("mhc", "equal"), ("mhc", "near_identity"), ("kromhc", "equal"),
+    ],
+)  # fmt: skip
 def test_other_connections_and_starts(connection: str, init: str) -> None:
     kind = BY_NAME["nanogpt"]
-    compared = Compared(kind, {"*.0": 4, "*": 3}, connection=connection, init=init)
+    compared = Compared(kind, {"*.0": 4, "*": 2 if connection == "kromhc" else 3}, connection=connection, init=init)
     with torch.no_grad():
         want, got = (run(model, *kind.arguments()) for model in (compared.original, compared.converted))
     assert relative(got[0], want[0]) <= (1e-5 if connection == "deepseek_v4" else PRESERVED)
@@ -466,6 +470,13 @@ def test_options_round_trip(tmp_path: Path) -> None:
 def test_what_options_refuse(n_streams: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MHCConfig(n_streams=n_streams)
+
+
+def test_connections_that_are_not_defined_for_all_numbers() -> None:
+    with pytest.raises(ConfigError, match="connection='mhc_lite' with n_streams=6"):
+        MHCConfig(n_streams={"a": 4, "*": 6}, connection="mhc_lite")
+    with pytest.raises(ConfigError, match="Use init='equal'"):
+        MHCConfig(n_streams={"a": 4, "*": 2}, connection="kromhc")
 
 
 def test_a_sum_is_not_kept() -> None:

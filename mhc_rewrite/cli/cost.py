@@ -21,6 +21,7 @@ from mhc_rewrite.cli.options import Settings, number_of_streams
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
 from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.kernels.kinds import FUNCTIONS
 from mhc_rewrite.printing import plain_table
 
 PAPER = "paper"
@@ -169,6 +170,8 @@ def _formulas(of: Cost) -> list[RenderableType]:
             row = (moved.read, moved.written, moved.coefficients, moved.again)
             traffic.add_row(f"resized between stretches, {direction}", *map(_formula, row))
     symbols = {**costs.SYMBOLS, **(costs.RESIZED if resized else {})}
+    if of.config.connection in FUNCTIONS:
+        symbols.update(costs.COLUMNS)
     names = ", ".join(f"{symbol} = {what}" for symbol, what in symbols.items())
     return [
         *_section("a token and site, in elements of the streams and in flops", traffic, Text(), flops),

@@ -329,8 +329,8 @@ def _stream_head(index: int, stream: ResidualStream, init: str, parameters: int 
     if parameters is not None:
         head.append(f", {plural(parameters, 'parameter')} added")
     if len(stream.stretches) > 1:
-        numbers = [f"{sites[0].n_streams} ({plural(len(sites), 'site')})" for sites in stream.stretches]
-        head.append(f"\n  streams along it: {', '.join(numbers)}")
+        numbers = [f"{sites[0].n_streams} at {plural(len(sites), 'site')}" for sites in stream.stretches]
+        head.append(f"\n  n = {', then '.join(numbers)}")
     head.append(f"\n  entry {module_name(stream.entry)}, exit {module_name(stream.exit)}")
     if stream.scope not in (stream.entry, stream.exit):
         head.append(f", within {module_name(stream.scope)}")

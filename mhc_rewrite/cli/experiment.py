@@ -30,6 +30,9 @@ Seeds = Annotated[
 Scale = Annotated[float, typer.Option(min=0.01, help="Factor for the number of steps of each run.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, of one thread each.")]
 
+# Text as text, and one name for its font.
+_SMALL = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+
 
 def register(
     app: typer.Typer,

@@ -2,7 +2,10 @@
 
 from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.connections import Connection, register_connection
+from mhc_rewrite.connections.base import gates
 from mhc_rewrite.conversion.install import is_converted
+from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.lifecycle.optim import modules_to_save, parameter_groups
 from mhc_rewrite.lifecycle.portable import portable
 from mhc_rewrite.lifecycle.sites import load_sites, save_sites, site_parameters
@@ -11,10 +14,13 @@ from mhc_rewrite.sites.hyper_connection import HyperConnection
 from mhc_rewrite.version import VERSION as __version__
 
 __all__ = [
+    "Coefficients",
+    "Connection",
     "HyperConnection",
     "MHCConfig",
     "__version__",
     "compile",
+    "gates",
     "graphs",
     "is_converted",
     "load_sites",
@@ -23,6 +29,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "portable",
+    "register_connection",
     "report",
     "save_sites",
     "site_parameters",

@@ -77,7 +77,7 @@ def mhcify(
     if chosen.n_streams == 1:
         warnings.warn("n_streams=1 is the model as it is: nothing was rewritten.", stacklevel=2)
         return model
-    if chosen.init == "paper" and chosen.connection == "mhc":
+    if chosen.init == "paper" and chosen.connection != "hc":
         warnings.warn(
             "init='paper' starts with H_res almost uniform and sum(H_pre) = 2: every site averages the streams away, "
             "and the function of a pretrained model is lost. init='preserve' keeps it.",

@@ -16,8 +16,9 @@ from mhc_rewrite.kernels.kinds import MAX_STREAMS
 
 VERSION = 1
 COLLAPSES = ("mean", "sum")
+MAPPINGS = ("pre", "post", "res")
 # Where a conversion starts, which sites it takes, what it keeps in memory: not what a site with given weights computes.
-_NO_FUNCTION = frozenset({"init", "include", "exclude", "min_sites", "recompute"})
+_NO_FUNCTION = frozenset({"init", "include", "exclude", "min_sites", "recompute", "learn"})
 
 Recompute = int | Literal["auto"] | None
 
@@ -32,6 +33,10 @@ class MHCConfig:
             learns; streams part at their first site, or, where something on the trunk is not linear, are equal as with
             `"equal"`. `"near_identity"`: equal streams and an H_res that hardly moves. `"paper"`: arXiv:2512.24880.
         connection: how H_pre, H_post and H_res are made: a name in `mhc_rewrite.connections.CONNECTIONS`.
+        dynamic: whether coefficients are made from each token's streams. False takes them from the bias alone, alike
+            for all tokens: sites have no phi and no alpha, and cost next to nothing.
+        learn: the mappings whose parameters get gradients; for ablations, "pre", "post" and "res" by default. Weight
+            decay, which an optimizer may apply all the same, has to be off for sites, as in `parameter_groups`.
         sinkhorn_iterations: column and row normalisations of H_res, an int >= 1; the paper uses 20 [9].
         collapse: how n streams become one at the exit: `"mean"`, or `"sum"` with `init="paper"` only.
         include: patterns (`fnmatch`) over site names and the modules that hold them; empty means every site.
@@ -49,6 +54,8 @@ class MHCConfig:
     n_streams: int = 4
     init: str = "preserve"
     connection: str = "mhc"
+    dynamic: bool = True
+    learn: tuple[str, ...] = MAPPINGS
     sinkhorn_iterations: int = 20
     collapse: str = "mean"
     include: tuple[str, ...] = ()
@@ -70,6 +77,14 @@ class MHCConfig:
         self._check_choice("init", tuple(STARTS))
         self._check_choice("collapse", COLLAPSES)
         self._check_choice("connection", tuple(CONNECTIONS))
+        if reason := CONNECTIONS[self.connection].refuses(self.n_streams):
+            raise ConfigError(f"connection={self.connection!r} with n_streams={self.n_streams}: {reason}")
+        if not isinstance(self.dynamic, bool):
+            raise ConfigError(f"dynamic must be True or False, not {self.dynamic!r}.")
+        learn = (self.learn,) if isinstance(self.learn, str) else self.learn
+        if not isinstance(learn, Iterable) or not set(learn := tuple(learn)) <= set(MAPPINGS) or not learn:
+            raise ConfigError(f"learn takes one or more of {', '.join(map(repr, MAPPINGS))}, not {self.learn!r}.")
+        object.__setattr__(self, "learn", tuple(name for name in MAPPINGS if name in learn))
         number = isinstance(self.eps_norm, (int, float)) and not isinstance(self.eps_norm, bool)
         if not (number and 0 < self.eps_norm < math.inf):
             raise ConfigError(f"eps_norm must be a positive number, not {self.eps_norm!r}.")

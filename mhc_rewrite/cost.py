@@ -124,13 +124,28 @@ class Cost:
     streams: tuple[Stream, ...]
 
     @property
+    def _in_kernels(self) -> bool:
+        return self.config.dynamic and self.config.connection in KINDS
+
+    @property
     def _constrained(self) -> bool:
-        return KINDS[CONNECTIONS[self.config.connection].kind].constrained
+        """Whether every token has its own Sinkhorn-Knopp."""
+        return self._in_kernels and KINDS[self.config.connection].constrained
+
+    @property
+    def _columns(self) -> sympy.Expr:
+        """Coefficients of a site. In n where kernels know the connection, as a number of the plan's n otherwise."""
+        connection = CONNECTIONS[self.config.connection]
+        if self.config.connection in KINDS:
+            return 2 * n + connection.columns(n)
+        return sympy.Integer(2 * self.config.n_streams + connection.columns(self.config.n_streams))
 
     @property
     def _raw(self) -> sympy.Expr:
-        """raw and r: fp32 numbers of a token and site; without constraint there is a norm for each stream."""
-        return n**2 + 2 * n + (1 if self._constrained else n)
+        """raw and r: fp32 numbers of a token and site; hc has a norm for each stream, and without phi r is all."""
+        if not self.config.dynamic:
+            return sympy.Integer(1)
+        return self._columns + (n if self.config.connection == "hc" else 1)
 
     @property
     def traffic(self) -> dict[str, tuple[Traffic, Traffic]]:
@@ -140,9 +155,11 @@ class Cost:
           output's gradient and its inputs, and two sums that bring the gradients of X together;
         - fused: `pre` and `post`. Backward, pre's launch takes up the gradient of X that post's has written;
         - boundary: post of a site and pre of the next in one launch, at every site. A stream's first pre and last post
-          are no boundary and move (n + 4)C together, not the (2n + 2)C of one.
+          are no boundary and move (n + 4)C together, not the (2n + 2)C of one. Where the connection is a function, it
+          stands between the projection and the sweep over X' that makes u, which reads nC more.
         """
-        mix, both = n**2 + n, n**2 + 2 * n
+        mix, both = n**2 + n, self._columns
+        again = 0 if self._in_kernels else n * C
         forward, backward = 2 * mix + self._raw, 3 * mix + self._raw
         return {
             "unfused": (
@@ -154,7 +171,7 @@ class Cost:
                 Traffic((4 * n + 2) * C, (2 * n + 1) * C, backward, n * C),
             ),
             "boundary": (
-                Traffic((n + 1) * C, (n + 1) * C, forward),
+                Traffic((n + 1) * C + again, (n + 1) * C, forward),
                 Traffic((2 * n + 2) * C, (n + 1) * C, backward, (n + 1) * C),
             ),
         }
@@ -162,7 +179,7 @@ class Cost:
     @property
     def flops(self) -> tuple[Flops, Flops]:
         """Forward and backward, a token and site."""
-        columns = n**2 + 2 * n
+        columns = self._columns if self.config.dynamic else sympy.Integer(0)
         forward = sinkhorn = sympy.Integer(0)
         if self._constrained:
             # exp; then columns and rows in turn: n - 1 sums and n divisions for each of n.
@@ -178,8 +195,9 @@ class Cost:
     @property
     def parameters(self) -> sympy.Expr:
         """phi, alpha and bias of a stream's sites."""
-        rows, columns = CONNECTIONS[self.config.connection].phi_shape(n, C)
-        return M * (rows * columns + 3 + n**2 + 2 * n)
+        connection = CONNECTIONS[self.config.connection]
+        rows, columns = connection.phi_shape(n, C) if connection.phi_shape else (n * C, self._columns)
+        return M * ((rows * columns + 3 if self.config.dynamic else 0) + self._columns)
 
     @property
     def kept(self) -> Kept:

@@ -120,6 +120,18 @@ def decompose_in_compiled_graphs(
     operator.register_torch_dispatch(FunctionalTensorMode, rule)
 
 
+def graph_of(function: Callable[..., Any], *example: Tensor) -> torch.fx.GraphModule:
+    """What `function` does to tensors of any sizes, as a graph of aten, gradients that it asks autograd for included.
+
+    `torch.export` takes modules, and no calls of autograd in them. `make_fx` is what it is made of, and not promised to
+    stay. Should it go, connections without kernels of their own have no gradients, and tests/test_connections.py fails
+    first.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="symbolic")(*example)
+
+
 def never_an_input_of_graphs(kind: type[Tensor]) -> None:
     """Makes Dynamo take tensors of this class that reach a frame for Python objects, whose attributes it reads.
 

@@ -42,7 +42,7 @@ from triton.backends.compiler import GPUTarget
 
 import mhc_rewrite
 from mhc_rewrite import lowering
-from mhc_rewrite.kernels import aten, ops
+from mhc_rewrite.kernels import aten, ops, selection
 from mhc_rewrite.kernels.triton_configs import Launch
 
 DEVICE = torch.device("cuda", 0)
@@ -109,7 +109,7 @@ def _graphs(model: nn.Module, inputs: tuple[Tensor, ...], whole: bool, options: 
     torch._dynamo.reset()
     with (
         mock.patch.object(lowering, "inductor", inductor),
-        mock.patch.object(ops, "_kernels", _decide(ops._kernels, whole)),
+        mock.patch.object(selection, "kernels_for", _decide(selection.kernels_for, whole)),
         config.patch(fx_graph_cache=False, compile_threads=1),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
@@ -119,7 +119,7 @@ def _graphs(model: nn.Module, inputs: tuple[Tensor, ...], whole: bool, options: 
 
 
 def _decide(decide: Callable[..., ModuleType], whole: bool) -> Callable[..., ModuleType]:
-    """`ops._kernels` that takes tensors without content for such of a GPU."""
+    """`selection.kernels_for` that takes tensors without content for such of a GPU."""
 
     def kernels(X: Tensor, *others: Any) -> ModuleType:
         if type(X) is Tensor and not X.is_meta:
@@ -254,7 +254,7 @@ def counting() -> Iterator[Counter[str]]:
     counter = _Counter()
     with (
         mock.patch.object(Launch, "run", lambda launch: counter.add(launch.kernel.fn.__name__)),
-        mock.patch.object(ops, "_kernels", _decide(ops._kernels, whole=True)),
+        mock.patch.object(selection, "kernels_for", _decide(selection.kernels_for, whole=True)),
         counter,
     ):
         yield counter.launches

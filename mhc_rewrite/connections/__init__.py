@@ -1,14 +1,15 @@
 """The table of connections: one relative of mHC, one file here and one line below."""
 
-from mhc_rewrite.connections.base import STARTS, Connection
+from mhc_rewrite.connections.base import CONNECTIONS, STARTS, Connection, register_connection
 from mhc_rewrite.connections.deepseek_v4 import DEEPSEEK_V4
 from mhc_rewrite.connections.hc import HC
 from mhc_rewrite.connections.mhc import MHC
 
-CONNECTIONS: dict[str, Connection] = {
+for _name, _connection in {
     "mhc": MHC,
     "deepseek_v4": DEEPSEEK_V4,
     "hc": HC,
-}
+}.items():
+    register_connection(_name, _connection)
 
-__all__ = ["CONNECTIONS", "STARTS", "Connection"]
+__all__ = ["CONNECTIONS", "STARTS", "Connection", "register_connection"]

@@ -1,11 +1,19 @@
-"""What a connection is: how one site's parameters are shaped, started and brought to the operators."""
+"""What a connection is: one function from raw coefficients to H_pre, H_post and H_res, and how a site starts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, Function
+from mhc_rewrite.kernels.reference import Coefficients
+
+# (raw (T, K), alpha (3,), bias (K,), n) -> H_pre (T, n), H_post (T, n), H_res (T, n, n) as [out, in]
+Mappings = Callable[[Tensor, Tensor, Tensor, int], Coefficients]
 
 # (phi, alpha, bias, n, index) -> None, in place. `index` is the site's place in its stream.
 Start = Callable[[Tensor, Tensor, Tensor, int, int], None]
@@ -18,20 +26,78 @@ STARTS = {
 }
 
 
+def _square(n: int) -> int:
+    return n * n
+
+
+def _any_number(n: int) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Connection:
-    """One row of the table of relatives: all share the site's shape, only how H_* are made differs.
+    """One relative of mHC: all share the site's shape, only how H_* are made differs.
+
+    raw = (x @ phi) / r, with K columns [pre: n | post: n | res: `columns(n)`], is what the function gets; phi, alpha
+    and bias are a site's parameters. The function is plain PyTorch: autograd differentiates it, once and for any number
+    of tokens T, so it must not look at values.
 
     Attributes:
-        kind: a name in `mhc_rewrite.kernels.kinds.KINDS`: what becomes of the projected state.
-        phi_shape: (n, C) -> shape of the projection.
-        projection: (phi, n) -> phi as the operators take it, (n C, n^2 + 2n).
-        starts: how a site may begin, for every name in `STARTS`.
+        starts: how a site may begin, for every name in `STARTS`. All but "paper" keep the mean of the streams.
         source: paper or model that defines it.
+        function: None where `KINDS` has kernels for it, under the name that it is registered by.
+        columns: n -> how many logits H_res has.
+        refuses: n -> why it is not defined for so many streams, and what is; empty where it is.
+        phi_shape: (n, C) -> shape of the projection; (n C, K) where there is none.
+        projection: (phi, n) -> phi as the operators take it, (n C, K); as it is where there is none.
     """
 
-    kind: str
-    phi_shape: Callable[[int, int], tuple[int, int]]
-    projection: Callable[[Tensor, int], Tensor]
     starts: Mapping[str, Start]
     source: str
+    function: Mappings | None = None
+    columns: Callable[[int], int] = _square
+    refuses: Callable[[int], str] = _any_number
+    phi_shape: Callable[[int, int], tuple[int, int]] | None = None
+    projection: Callable[[Tensor, int], Tensor] | None = None
+
+    def shapes(self, n: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Of a site's parameters: phi, alpha and bias."""
+        columns = 2 * n + self.columns(n)
+        phi = self.phi_shape(n, width) if self.phi_shape else (n * width, columns)
+        return {"phi": phi, "alpha": (3,), "bias": (columns,)}
+
+
+CONNECTIONS: dict[str, Connection] = {}
+
+
+def register_connection(name: str, connection: Connection) -> None:
+    """Makes a connection a value of `MHCConfig.connection`.
+
+    Args:
+        name: that options, plans and saved conversions have. Whoever loads one registers it first.
+        connection: its function, starts and source.
+
+    Raises:
+        ConfigError: the name is another connection's, a start is missing, or there is nothing that computes it.
+    """
+    if CONNECTIONS.get(name, connection) is not connection:
+        raise ConfigError(f"There is a connection {name!r} already. Register this one under another name.")
+    if missing := [start for start in STARTS if start not in connection.starts]:
+        raise ConfigError(
+            f"The connection {name!r} has no start {missing[0]!r}: starts has one for each of {[*STARTS]}."
+        )
+    if connection.function is not None:
+        FUNCTIONS[name] = Function(connection.function, connection.columns)
+    elif name not in KINDS:
+        raise ConfigError(f"The connection {name!r} has no function, and there are no kernels for it.")
+    CONNECTIONS[name] = connection
+
+
+def gates(raw: Tensor, alpha: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """H_pre = sigmoid and H_post = 2 sigmoid of s = alpha * raw + bias, as in mHC [17, 18], and the rest of s: H_res's
+    logits (T, columns)."""
+    sizes = [n, n, len(bias) - 2 * n]
+    pre, post, res = (
+        scale * part + shift for scale, part, shift in zip(alpha.unbind(), raw.split(sizes, -1), bias.split(sizes))
+    )
+    return torch.sigmoid(pre), 2 * torch.sigmoid(post), res

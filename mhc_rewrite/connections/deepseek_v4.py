@@ -9,4 +9,4 @@ from __future__ import annotations
 from mhc_rewrite.connections import mhc
 from mhc_rewrite.connections.base import Connection
 
-DEEPSEEK_V4 = Connection("deepseek_v4", mhc.phi_shape, mhc.projection, mhc.MHC.starts, "DeepSeek-V4 (transformers)")
+DEEPSEEK_V4 = Connection(mhc.MHC.starts, "DeepSeek-V4 (transformers)")

@@ -36,4 +36,4 @@ def start(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:
     res.fill_diagonal_(1.0)
 
 
-HC = Connection("hc", phi_shape, projection, dict.fromkeys(STARTS, start), "arXiv:2409.19606")
+HC = Connection(dict.fromkeys(STARTS, start), "arXiv:2409.19606", phi_shape=phi_shape, projection=projection)

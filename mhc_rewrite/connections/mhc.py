@@ -22,14 +22,6 @@ PREFERRED_SHARE = 0.9
 OFF_DIAGONAL_LOGIT = -8.0
 
 
-def phi_shape(n: int, width: int) -> tuple[int, int]:
-    return (n * width, n * n + 2 * n)
-
-
-def projection(phi: Tensor, n: int) -> Tensor:
-    return phi
-
-
 def preserve(
     phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int, *,
     apart: float = APART, read_apart: float = READ_APART, uniform: float = UNIFORM,
@@ -101,9 +93,5 @@ def _logit(p: float) -> float:
 
 
 MHC = Connection(
-    "mhc",
-    phi_shape,
-    projection,
-    {"preserve": preserve, "equal": equal, "near_identity": near_identity, "paper": paper},
-    "arXiv:2512.24880",
+    {"preserve": preserve, "equal": equal, "near_identity": near_identity, "paper": paper}, "arXiv:2512.24880"
 )

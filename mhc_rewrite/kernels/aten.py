@@ -7,6 +7,11 @@ Knopp alone stays an operator of its own: its iterations in the graph cost a min
 All tensors are flat: T tokens, X (T, M, C) with M = n streams or 1 where all are still equal, y and u (T, C), the
 coefficients (T, ...), phi (M * C, n^2 + 2n). Arithmetic is in phi's and H_res's dtype, fp32 or fp64. Equation numbers:
 arXiv:2512.24880v2.
+
+`pre` and `boundary` make their coefficients themselves. The operators from `project` on know no coefficients but those
+they are given, and phi may have any number K of columns, 0 too: what makes H_pre, H_post and H_res of raw comes between
+`project` or `post_project` and `read`, and its gradient between `read_products` or `post_read_products` and
+`project_backward` or `post_project_backward`.
 """
 
 from __future__ import annotations
@@ -24,9 +29,9 @@ def pre(
     """u (T, C), H_post (T, n), H_res (T, n, n), raw (T, n^2 + 2n) and r (T, 1), or (T, n) for a norm per stream."""
     state = X.to(phi.dtype)
     raw, r = _project(state, phi, kind, eps)
-    h = _coefficients(raw, alpha, bias, kind, iterations)
+    h = coefficients(raw, alpha, bias, kind, iterations)
     h_pre = h.pre if X.shape[1] > 1 else h.pre.sum(-1, keepdim=True)
-    return _sum(h_pre, state).to(X.dtype), h.post, h.res, raw, r
+    return read(X, h_pre), h.post, h.res, raw, r
 
 
 def pre_backward(
@@ -34,21 +39,17 @@ def pre_backward(
     X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, raw: Tensor, r: Tensor, kind: str, iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of X, phi, alpha and bias from those of u, H_post and H_res."""
-    state, g_u = X.to(phi.dtype), g_u.to(phi.dtype)
     n, (tokens, given, width) = streams_of(raw.shape[-1]), X.shape
-    g_pre = torch.stack([(g_u * state[:, j]).sum(-1) for j in range(given)], dim=-1).expand(tokens, n)
-    h_pre, g_raw, g_alpha, g_bias = _coefficients_backward(g_pre, g_post, g_res, raw, alpha, bias, kind, iterations)
-    g_product = g_raw / _divisor(r, kind, n)
-    # r depends on x too: d(product / r) holds - raw x / (size r^2), with the size that the mean is taken over.
-    if KINDS[kind].constrained:
-        decay = (g_raw * raw).sum(-1, keepdim=True) / (given * width * r * r)
-    else:
-        decay = (g_raw * raw).unflatten(-1, (n + 2, n)).sum(1) / (width * r * r)
+    g_pre = read_products(g_u.to(phi.dtype), X.to(phi.dtype)).expand(tokens, n)
+    h_pre, g_raw, g_alpha, g_bias = coefficients_backward(g_pre, g_post, g_res, raw, alpha, bias, kind, iterations)
     if given == 1:
-        decay, h_pre = decay.sum(-1, keepdim=True), h_pre.sum(-1, keepdim=True)
-    projected = (g_product @ phi.T).unflatten(-1, (given, width))
-    g_state = projected - state * decay.unsqueeze(-1) + h_pre.unsqueeze(-1) * g_u.unsqueeze(1)
-    return g_state.to(X.dtype), state.flatten(1).T @ g_product, g_alpha, g_bias
+        h_pre = h_pre.sum(-1, keepdim=True)
+    if KINDS[kind].constrained:
+        return *project_backward(g_u, h_pre, g_raw, X, phi, raw, r), g_alpha, g_bias
+    decay = (g_raw * raw).unflatten(-1, (n + 2, n)).sum(1) / (width * r * r)
+    if given == 1:
+        decay = decay.sum(-1, keepdim=True)
+    return *_projected_backward(g_u, h_pre, g_raw / _divisor(r, kind, n), decay, X, phi), g_alpha, g_bias
 
 
 def post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -93,6 +94,71 @@ def boundary_backward(
     return g_X, g_y, g_h_post, g_h_res, g_phi, g_alpha, g_bias
 
 
+def project(X: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """raw (T, K) and r (T, 1), the norm over all streams together, from X (T, S, C) and phi (S * C, K) [14, 15, 16]."""
+    state = X.to(phi.dtype)
+    squares = (state * state).sum(-1).sum(-1, keepdim=True)
+    r = (squares / (X.shape[1] * X.shape[2]) + eps).sqrt()
+    return (state.flatten(1) @ phi) / r, r
+
+
+def project_backward(
+    g_u: Tensor, h_pre: Tensor, g_raw: Tensor, X: Tensor, phi: Tensor, raw: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of X and phi from those of u, which H_pre (T, S) read, and of raw."""
+    decay = (g_raw * raw).sum(-1, keepdim=True) / (X.shape[1] * X.shape[2] * r * r)
+    return _projected_backward(g_u, h_pre, g_raw / r, decay, X, phi)
+
+
+def _projected_backward(
+    g_u: Tensor, h_pre: Tensor, g_product: Tensor, decay: Tensor, X: Tensor, phi: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of X and phi from that of the product with phi.
+
+    r depends on x too: d(product / r) holds - raw x / (size r^2), with the size that the mean is taken over. That is
+    `decay` (T, 1), or (T, S) for a norm per stream.
+    """
+    state = X.to(phi.dtype)
+    projected = (g_product @ phi.T).unflatten(-1, X.shape[1:])
+    g_state = projected - state * decay.unsqueeze(-1) + h_pre.unsqueeze(-1) * g_u.to(phi.dtype).unsqueeze(1)
+    return g_state.to(X.dtype), state.flatten(1).T @ g_product
+
+
+def read(X: Tensor, h_pre: Tensor) -> Tensor:
+    """u (T, C) = sum_j H_pre[j] X[j], in X's dtype."""
+    return _sum(h_pre, X.to(h_pre.dtype)).to(X.dtype)
+
+
+def read_products(g_u: Tensor, X: Tensor) -> Tensor:
+    """g_u . X[j], the gradient of H_pre (T, S); in fp32, or what is wider of g_u and X."""
+    dtype = torch.promote_types(torch.promote_types(g_u.dtype, X.dtype), torch.float32)
+    g, state = g_u.to(dtype), X.to(dtype)
+    return torch.stack([(g * state[:, j]).sum(-1) for j in range(X.shape[1])], dim=-1)
+
+
+def post_project(
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`post` of one site, then `project` of the next: X', raw, r."""
+    state = post(X, y, h_post, h_res)
+    return state, *project(state, phi, eps)
+
+
+def post_read_products(g_u: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """g_u . X'[i], the gradient of H_pre (T, n). X' is built again instead of kept."""
+    return read_products(g_u.to(h_res.dtype), post(X, y, h_post, h_res).to(h_res.dtype))
+
+
+def post_project_backward(
+    g_state: Tensor, g_u: Tensor, h_pre: Tensor, g_raw: Tensor,
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, raw: Tensor, r: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of X, y, H_post, H_res and phi from those of X', u and raw. X' is built again instead of kept."""
+    wide = post(X, y, h_post, h_res).to(phi.dtype)
+    through, g_phi = project_backward(g_u, h_pre, g_raw, wide, phi, raw, r)
+    return *post_backward(g_state.to(phi.dtype) + through, X, y, h_post, h_res), g_phi
+
+
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """H_res (T, n, n) from logits of the same shape [9], on logarithms; `eps` as in the reference."""
     log_m, _, _ = _passes(logits, iterations, eps)
@@ -133,12 +199,10 @@ def _passes(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[T
 
 
 def _project(state: Tensor, phi: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
-    squares = (state * state).sum(-1)
-    n, (_, given, width) = streams_of(phi.shape[-1]), state.shape
     if KINDS[kind].constrained:
-        r = (squares.sum(-1, keepdim=True) / (given * width) + eps).sqrt()
-    else:
-        r = (squares / width + eps).sqrt().expand(-1, n).contiguous()
+        return project(state, phi, eps)
+    n = streams_of(phi.shape[-1])
+    r = ((state * state).sum(-1) / state.shape[2] + eps).sqrt().expand(-1, n).contiguous()
     return (state.flatten(1) @ phi) / _divisor(r, kind, n), r
 
 
@@ -151,7 +215,8 @@ def _scales(alpha: Tensor, n: int) -> Tensor:
     return torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)])
 
 
-def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
+def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
+    """H_pre, H_post and H_res from the raw columns [17, 18, 19]."""
     n, rules = streams_of(raw.shape[-1]), KINDS[kind]
     if not rules.constrained:
         parts = zip(split(bias, n), alpha, split(torch.tanh(raw), n))
@@ -161,7 +226,7 @@ def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iteration
     return Coefficients(torch.sigmoid(pre) + rules.eps, 2 * torch.sigmoid(post), res)
 
 
-def _coefficients_backward(
+def coefficients_backward(
     g_pre: Tensor, g_post: Tensor, g_res: Tensor, raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """H_pre again, and the gradients of raw, alpha and bias."""

@@ -1,9 +1,16 @@
-"""What tells the relatives of mHC apart once their projection is there: four flags, one line a relative."""
+"""What tells the relatives of mHC apart once their projection is there: three flags, or a function.
+
+A kind is a name in `KINDS`, for which there are kernels, or in `FUNCTIONS`, which run on kernels that know nothing of
+them. Behind "static " it has no projection: its coefficients come from the bias alone, alike for all tokens.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 MAX_STREAMS = 16  # what the kernels are written for
 
@@ -38,6 +45,48 @@ KINDS = {
 }
 
 
-def streams_of(columns: int) -> int:
-    """n from the number of columns of phi, n^2 + 2n."""
-    return math.isqrt(columns + 1) - 1
+@dataclass(frozen=True)
+class Function:
+    """How raw coefficients become H_pre, H_post and H_res, in plain PyTorch.
+
+    Attributes:
+        run: (raw (T, K), alpha (3,), bias (K,), n) -> H_pre (T, n), H_post (T, n), H_res (T, n, n) as [out, in], with
+            the columns [pre: n | post: n | res] and raw projected by the norm over all streams together.
+        columns: n -> how many of the columns are H_res's.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    columns: Callable[[int], int]
+
+
+FUNCTIONS: dict[str, Function] = {}
+
+_STATIC = "static "
+
+
+def static(name: str) -> str:
+    """The kind without a projection."""
+    return _STATIC + name
+
+
+def is_static(kind: str) -> bool:
+    return kind.startswith(_STATIC)
+
+
+def name_of(kind: str) -> str:
+    """Of a kind the name in `KINDS` or `FUNCTIONS`."""
+    return kind.removeprefix(_STATIC)
+
+
+def norms_of(kind: str, n: int) -> int:
+    """How many norms a token has: one over all streams, or one of each."""
+    return n if kind in KINDS and not KINDS[kind].constrained else 1
+
+
+def streams_of(columns: int, kind: str = "mhc") -> int:
+    """n from the length of the bias, 2n and H_res's columns; 0 where no n has as many."""
+    name = name_of(kind)
+    if name in KINDS:
+        n = math.isqrt(columns + 1) - 1
+        return n if n * n + 2 * n == columns else 0
+    return next((n for n in range(1, MAX_STREAMS + 1) if 2 * n + FUNCTIONS[name].columns(n) == columns), 0)

@@ -9,12 +9,14 @@ Shapes a token: X (n, C), y and u (C,), phi (n C, n^2 + 2n), alpha (3,), bias (n
 the leading axes of X are the tokens of all. A state whose streams are still equal may be given as (1, C): an expansion
 then costs nothing, as C elements are read and not n C. raw and r are what `pre` keeps for its backward, nothing else
 differentiates through them. Streams are fp32, bf16, fp16 or fp64; parameters and coefficients fp32, or fp64, autocast
-or not. `kind` is a name in `KINDS`. Every operator has a fake version and a gradient of its own operators, once.
+or not. `kind` says how coefficients are made (kinds.py). Where it is a function, phi has the columns that it takes in
+place of n^2 + 2n, and none without a projection. Every operator has a fake version and a gradient of its own operators,
+once.
 
 gpu.py runs them on a GPU, cpu.py on a CPU where its kernels could be built, and aten.py everything else: fp64, other
-devices, no tokens. `_kernels` decides. In compiled graphs an operator stays whole on a GPU, since fusing its aten would
-move more memory. Elsewhere it becomes what its body does: views around an operator of cpu.py, which is called without a
-step through Python, or aten but for Sinkhorn-Knopp.
+devices, no tokens (selection.py). A kind without kernels of its own runs in composed.py. In compiled graphs what a
+kernel runs stays whole on a GPU, since fusing its aten would move more memory. Elsewhere an operator becomes what its
+body does: views around one of cpu.py, which is called without a step through Python, or aten but for Sinkhorn-Knopp.
 
 Expansion itself is a view and the collapse one mean: aten moves no more than they need, so they are no operators here.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -32,14 +35,12 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
-from mhc_rewrite.kernels import aten, cpu, gpu
+from mhc_rewrite.kernels import aten, composed, cpu, gpu, selection
 from mhc_rewrite.kernels.checks import on_one_device
-from mhc_rewrite.kernels.kinds import KINDS, MAX_STREAMS, streams_of
+from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, norms_of, streams_of
 from mhc_rewrite.torch_private import constant_while_tracing, decompose_in_compiled_graphs
 
 Outputs = tuple[Tensor, ...]
-
-STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # -- the operators -----------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
     """u, H_post, H_res, raw, r of the site whose state is X."""
-    return pre_operator(X, phi, alpha, bias, kind, iterations, eps, _code_in_graphs())
+    return pre_operator(X, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind))
 
 
 def post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -65,45 +66,37 @@ def boundary(
     kind: str, iterations: int, eps: float,
 ) -> Outputs:  # fmt: skip
     """X', u', H_post', H_res', raw', r': `post` of one site and `pre` of the next in one."""
-    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, kind, iterations, eps, _code_in_graphs())
+    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind))
 
 
-def _code_in_graphs() -> str:
-    return _code() if torch.compiler.is_compiling() else ""
+def _code_in_graphs(kind: str = "mhc") -> str:
+    return _code(kind) if torch.compiler.is_compiling() else ""
 
 
 @constant_while_tracing
-def _code() -> str:
+def _code(kind: str) -> str:
     """What an operator becomes in a compiled graph, as a name; its last argument there.
 
     Compiled graphs are cached on disk by the calls in them. A call of this project's operators alone would not say
     which aten stood for it when the graph was compiled, or whether a kernel did.
     """
-    sources = "".join(inspect.getsource(module) for module in (aten, cpu, sys.modules[__name__]))
+    sources = "".join(inspect.getsource(module) for module in (aten, composed, cpu, sys.modules[__name__]))
+    sources += composed.source_of(kind)
     return f"{hashlib.sha256(sources.encode()).hexdigest()[:12]}, CPU kernels: {cpu.available()}"
 
 
-def _kernels(X: Tensor, y: Tensor | None, coefficients: Tensor) -> ModuleType:
-    """What runs an operator on these streams, this branch, and these parameters or coefficients.
-
-    aten.py has no limits; the kernels take the dtypes and numbers of streams that models have.
-    """
-    usual = X.dtype in STREAM_DTYPES and (y is None or y.dtype in STREAM_DTYPES) and X.shape[-2] <= MAX_STREAMS
-    if usual and coefficients.dtype == torch.float32 and X.numel() > 0:
-        if X.device.type == "cuda" and gpu.AVAILABLE:
-            return gpu
-        if X.device.type == "cpu" and cpu.available():
-            return cpu
-    return aten
+def _kernels(X: Tensor, y: Tensor | None, coefficients: Tensor, kind: str) -> ModuleType:
+    """What runs `pre` and `boundary` of this kind."""
+    return selection.kernels_for(X, y, coefficients) if kind in KINDS else composed
 
 
 # -- bodies: leading axes become T tokens and come back -------------------------------------------------------
 
 
 def _pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
-    _check_state(X, phi, kind)
+    _check_state(X, phi, bias, kind)
     parameters = _parameters(X, phi, alpha, bias)
-    return _unflat(X.shape[:-2], _kernels(X, None, phi).pre(_flat(X, 2), *parameters, kind, iterations, eps))
+    return _unflat(X.shape[:-2], _kernels(X, None, phi, kind).pre(_flat(X, 2), *parameters, kind, iterations, eps))
 
 
 def _pre_backward(
@@ -113,7 +106,7 @@ def _pre_backward(
     parameters = _parameters(X, phi, alpha, bias)
     gradients = (_flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
-    g_X, g_phi, g_alpha, g_bias = _kernels(X, None, phi).pre_backward(
+    g_X, g_phi, g_alpha, g_bias = _kernels(X, None, phi, kind).pre_backward(
         *gradients, _flat(X, 2), *parameters, *kept, kind, iterations
     )
     return g_X.view(X.shape), _per_stream(g_phi, phi), g_alpha, g_bias
@@ -121,13 +114,13 @@ def _pre_backward(
 
 def _post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     _check_branch(X, y, h_post, h_res)
-    out = _kernels(X, y, h_res).post(*_branch(X, y, h_post, h_res))
+    out = selection.kernels_for(X, y, h_res).post(*_branch(X, y, h_post, h_res))
     return out.view(*X.shape[:-2], *out.shape[1:])
 
 
 def _post_backward(g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Outputs:
     operands = _branch(X, y, h_post, h_res)
-    g_X, g_y, g_post, g_res = _kernels(X, y, h_res).post_backward(_flat(g_out, 2), *operands)
+    g_X, g_y, g_post, g_res = selection.kernels_for(X, y, h_res).post_backward(_flat(g_out, 2), *operands)
     return g_X.view(X.shape), g_y.view(y.shape), g_post.view(h_post.shape), _as_given(g_res, h_res)
 
 
@@ -149,7 +142,7 @@ def _boundary(
 ) -> Outputs:  # fmt: skip
     _check_branch(X, y, h_post, h_res)
     given = _branch(X, y, h_post, h_res)
-    made = _kernels(X, y, phi).boundary(*given, *_contiguous(phi, alpha, bias), kind, iterations, eps)
+    made = _kernels(X, y, phi, kind).boundary(*given, *_contiguous(phi, alpha, bias), kind, iterations, eps)
     return _unflat(X.shape[:-2], made)
 
 
@@ -160,7 +153,7 @@ def _boundary_backward(
 ) -> Outputs:  # fmt: skip
     gradients = (_flat(g_state, 2), _flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
-    g_X, g_y, g_h_post, g_h_res, *g_parameters = _kernels(X, y, phi).boundary_backward(
+    g_X, g_y, g_h_post, g_h_res, *g_parameters = _kernels(X, y, phi, kind).boundary_backward(
         *gradients, *_branch(X, y, h_post, h_res), *_contiguous(phi, alpha, bias), *kept, kind, iterations
     )
     given = (g_X.view(X.shape), g_y.view(y.shape), g_h_post.view(h_post.shape), _as_given(g_h_res, h_res))
@@ -169,7 +162,8 @@ def _boundary_backward(
 
 def _flat(tensor: Tensor, axes: int) -> Tensor:
     """All but the last `axes` axes as one, contiguous: copied at most once."""
-    return tensor.contiguous().view(-1, *tensor.shape[tensor.dim() - axes :])
+    leading, kept = tensor.shape[: tensor.dim() - axes], tensor.shape[tensor.dim() - axes :]
+    return tensor.contiguous().view(math.prod(leading), *kept)
 
 
 def _unflat(leading: torch.Size, outputs: Outputs) -> Outputs:
@@ -183,7 +177,7 @@ def _contiguous(*tensors: Tensor) -> Outputs:
 def _parameters(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Outputs:
     """The parameters for a state as it is given: equal streams meet the sum of phi's rows."""
     if X.shape[-2] == 1:
-        phi = phi.view(-1, X.shape[-1], phi.shape[-1]).sum(0)
+        phi = phi.unflatten(0, (-1, X.shape[-1])).sum(0)
     return _contiguous(phi, alpha, bias)
 
 
@@ -214,9 +208,9 @@ def _as_given(g_res: Tensor, h_res: Tensor) -> Tensor:
 
 
 def _fake_pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
-    n = _check_state(X, phi, kind)
+    n = _check_state(X, phi, bias, kind)
     *leading, _, width = X.shape
-    sizes = ((n,), (n, n), (phi.shape[1],), (1 if KINDS[kind].constrained else n,))
+    sizes = ((n,), (n, n), (phi.shape[1],), (norms_of(kind, n),))
     return X.new_empty([*leading, width]), *(phi.new_empty([*leading, *size]) for size in sizes)
 
 
@@ -244,12 +238,16 @@ def _fake_like(*places: int) -> Callable[..., Outputs]:
     return lambda *args: tuple(args[place].new_empty(args[place].shape) for place in places)
 
 
-def _check_state(X: Tensor, phi: Tensor, kind: str) -> int:
-    n = streams_of(phi.shape[-1])
-    if kind not in KINDS:
-        raise KernelError(f"kind must be one of {', '.join(map(repr, KINDS))}, not {kind!r}.")
-    if phi.dim() != 2 or phi.shape[1] != n * n + 2 * n:
-        raise KernelError(f"phi must have n^2 + 2n columns for some n, not the shape {tuple(phi.shape)}.")
+def _check_state(X: Tensor, phi: Tensor, bias: Tensor, kind: str) -> int:
+    if name_of(kind) not in KINDS.keys() | FUNCTIONS.keys():
+        raise KernelError(f"kind must be one of {', '.join(map(repr, (*KINDS, *FUNCTIONS)))}, not {kind!r}.")
+    n = streams_of(len(bias), kind)
+    columns = 0 if is_static(kind) else len(bias)
+    if n == 0 or phi.dim() != 2 or phi.shape[1] != columns:
+        raise KernelError(
+            f"phi has the shape {tuple(phi.shape)} and bias {tuple(bias.shape)}, which no number of streams has in "
+            f"{kind!r}: both have a column for each coefficient of a site."
+        )
     if X.dim() < 2 or X.shape[-2] not in (1, n) or phi.shape[0] != n * X.shape[-1]:
         raise KernelError(
             f"The streams have the shape {tuple(X.shape)} and phi {tuple(phi.shape)}. For {n} streams the former must "
@@ -274,11 +272,13 @@ def _check_branch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> None:
 def _define(
     arguments: str, results: int, body: Callable[..., Any], fake: Callable[..., Any],
     X: int, y: int | None, coefficients: int, in_graphs: bool = False, state_first: bool = False,
+    kind: int | None = None,
 ) -> Any:  # fmt: skip
     """Registers one operator.
 
-    X, y and coefficients are the places of the arguments that `_kernels` asks for. `in_graphs`: the graphs of Dynamo
-    hold it, so that it takes a `code`, which nothing reads; see `_code`. `state_first`: its first result is a state.
+    X, y, coefficients and kind are the places of the arguments that decide what runs it. `in_graphs`: the graphs of
+    Dynamo hold it, so that it takes a `code`, which nothing reads; see `_code`. `state_first`: its first result is a
+    state.
     """
 
     def run(*args: Any) -> Any:
@@ -289,7 +289,8 @@ def _define(
         return fake(*args[:-1] if in_graphs else args)
 
     def whole(*args: Any) -> bool:
-        return _kernels(args[X], None if y is None else args[y], args[coefficients]) is gpu
+        operands = args[X], None if y is None else args[y], args[coefficients]
+        return (selection.kernels_for(*operands) if kind is None else _kernels(*operands, args[kind])) is gpu
 
     schema = f"({arguments}{', str code' * in_graphs}) -> " + ("Tensor" if results == 1 else _tensors(results))
     name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
@@ -333,10 +334,10 @@ def _tensors(count: int) -> str:
     return "(" + ", ".join(["Tensor"] * count) + ")"
 
 
-pre_operator = _define(f"{_STATE}, {_KIND}, float eps", 5, _pre, _fake_pre, 0, None, 1, in_graphs=True)
+pre_operator = _define(f"{_STATE}, {_KIND}, float eps", 5, _pre, _fake_pre, 0, None, 1, in_graphs=True, kind=4)
 pre_backward = _define(
     f"Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}", 4,
-    _pre_backward, _fake_like(3, 4, 5, 6), 3, None, 4,
+    _pre_backward, _fake_like(3, 4, 5, 6), 3, None, 4, kind=9,
 )  # fmt: skip
 post_operator = _define(_BRANCH, 1, _post, _fake_post, 0, 1, 3, in_graphs=True, state_first=True)
 post_backward = _define(f"Tensor g_out, {_BRANCH}", 4, _post_backward, _fake_like(1, 2, 3, 4), 1, 2, 4)
@@ -346,11 +347,11 @@ post_collapse_backward = _define(
 )
 boundary_operator = _define(
     f"{_BRANCH}, {_PARAMETERS}, {_KIND}, float eps", 6, _boundary, _fake_boundary, 0, 1, 4, in_graphs=True,
-    state_first=True,
+    state_first=True, kind=7,
 )  # fmt: skip
 boundary_backward = _define(
     f"Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND}", 7,
-    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8,
+    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8, kind=13,
 )  # fmt: skip
 
 

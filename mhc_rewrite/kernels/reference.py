@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhc_rewrite.kernels.kinds import KINDS, streams_of
+from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, norms_of, streams_of
 
 
 class Coefficients(NamedTuple):
@@ -63,17 +63,17 @@ def project(streams: Tensor, phi: Tensor, kind: str, eps_norm: float) -> tuple[T
 
     Args:
         streams: (..., n, C), or (..., 1, C) where all streams are equal.
-        phi: (n * C, n^2 + 2n).
-        kind: a name in `KINDS`.
+        phi: (n * C, K): n^2 + 2n columns, or as many as the kind has.
+        kind: as in kinds.py.
         eps_norm: under the root.
 
     Returns:
-        raw (..., n^2 + 2n) and the norm r, (..., 1), or (..., n) where it is taken per stream; in phi's dtype.
+        raw (..., K) and the norm r, (..., 1), or (..., n) where it is taken per stream; in phi's dtype.
     """
-    n = streams_of(phi.shape[-1])
+    n = phi.shape[0] // streams.shape[-1]
     state = streams.to(phi.dtype).expand(*streams.shape[:-2], n, streams.shape[-1])
     squares = (state * state).mean(dim=-1)
-    if KINDS[kind].constrained:
+    if norms_of(kind, n) == 1:
         norm = divisor = (squares.mean(dim=-1, keepdim=True) + eps_norm).sqrt()
     else:
         norm = (squares + eps_norm).sqrt()
@@ -84,8 +84,16 @@ def project(streams: Tensor, phi: Tensor, kind: str, eps_norm: float) -> tuple[T
 
 
 def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
-    """H_pre, H_post and H_res from raw (..., n^2 + 2n), alpha (3,) and bias (n^2 + 2n,) [17, 18, 19]."""
-    n, rules = streams_of(raw.shape[-1]), KINDS[kind]
+    """H_pre, H_post and H_res from raw (..., K), alpha (3,) and bias (K,) [17, 18, 19]."""
+    n, name = streams_of(len(bias), kind), name_of(kind)
+    if is_static(kind):
+        leading = raw.shape[:-1]
+        made = coefficients(bias.new_zeros(len(bias)), bias.new_zeros(3), bias, name, iterations)
+        return Coefficients(*(h.expand(*leading, *h.shape) for h in made))
+    if name in FUNCTIONS:
+        of_tokens = FUNCTIONS[name].run(raw.reshape(-1, len(bias)), alpha, bias, n)
+        return Coefficients(*(h.reshape(*raw.shape[:-1], *h.shape[1:]) for h in of_tokens))
+    rules = KINDS[kind]
     scale = torch.cat([a.expand(size) for a, size in zip(alpha.unsqueeze(-1).unbind(), (n, n, n * n))])
     if not rules.constrained:
         return split(bias + scale * torch.tanh(raw), n)

@@ -133,7 +133,7 @@ def _load(part: nn.Module, saved: SavedPlan, tensors: dict[str, Tensor]) -> None
     with torch.no_grad():
         for name, site in sites.items():
             values = {field: tensors[f"{name}.{field}"] for field in site.state_dict()}
-            site.load_state_dict(values, assign=site.phi.is_meta)
+            site.load_state_dict(values, assign=site.bias.is_meta)
 
 
 def _whole(tensor: Tensor, name: str) -> Tensor:

@@ -131,8 +131,8 @@ def _between(site: fx.Node) -> list[fx.Node]:
 
 
 def _streams_at(site: fx.Node) -> int:
-    phi: Any = site.args[_PHI[site.target]]
-    return streams_of(phi.meta["example_value"].shape[-1])
+    _, bias, kind = site.args[_PHI[site.target] + 1 : _PHI[site.target] + 4]
+    return streams_of(bias.meta["example_value"].shape[-1], kind)  # type: ignore[union-attr, arg-type]
 
 
 def _part(graph: fx.Graph, boundary: fx.Node) -> fx.Node:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.config import MAPPINGS, MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
 from mhc_rewrite.errors import SitesError
 from mhc_rewrite.kernels import ops, reference
+from mhc_rewrite.kernels.kinds import static
 from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.sites import options, recompute
 from mhc_rewrite.sites.streams import collapse
@@ -48,7 +49,8 @@ class HyperConnection(KeepsPrecision):
     second.boundary(X, block(u), mix)`. Streams X are (..., n, C), or (B, n, C, ...) where `channel_dim` is 1, with n of
     one where all streams are equal; u and the block's output have no n axis.
     Parameters: phi, (nC, n^2 + 2n) for `mhc`; alpha (3,) for [pre, post, res]; bias (n^2 + 2n,), columns
-    [pre | post | res row-major]. They stay fp32 when the model is made bf16 or fp16, and all arithmetic on them is
+    [pre | post | res row-major]; other connections have other numbers of columns. With `dynamic=False` bias is the only
+    one, and phi and alpha are None. They stay fp32 when the model is made bf16 or fp16, and all arithmetic on them is
     in their dtype, under autocast as well. Source: arXiv:2512.24880, eq. 14 to 19.
 
     Args:
@@ -62,6 +64,10 @@ class HyperConnection(KeepsPrecision):
     Raises:
         ConfigError: `mhc` on one stream can't preserve.
     """
+
+    phi: Any  # nn.Parameter; None with dynamic=False, as is alpha
+    alpha: Any
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -78,12 +84,14 @@ class HyperConnection(KeepsPrecision):
         self.config = config or MHCConfig()
         self.index = index
         self.channel_dim = channel_dim
-        n = self.config.n_streams
-        shape = CONNECTIONS[self.config.connection].phi_shape(n, width)
-        self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.alpha = nn.Parameter(torch.empty(3, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(n * n + 2 * n, device=device, dtype=dtype))
+        for name, shape in self._shapes().items():
+            there = name == "bias" or self.config.dynamic
+            made = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if there else None
+            self.register_parameter(name, made)
         self.reset_parameters()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return CONNECTIONS[self.config.connection].shapes(self.config.n_streams, self.width)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -92,12 +100,16 @@ class HyperConnection(KeepsPrecision):
         Sharded ones (DTensor) get what the first rank draws: every rank that holds a part of them has to call this.
         """
         start = CONNECTIONS[self.config.connection].starts[self.config.init]
-        parameters: tuple[Any, ...] = (self.phi, self.alpha, self.bias)
-        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) if _is_sharded(p) else p for p in parameters]
-        phi, alpha, bias = made
-        start(phi, alpha, bias, self.config.n_streams, self.index)
-        for p, value in zip(parameters, made, strict=True):
-            if value is not p and not p.is_meta:
+        form: Any = {"dtype": self.bias.dtype, "device": self.bias.device}
+        mine = {name: getattr(self, name) for name in self._shapes()}
+        made = {
+            name: torch.empty(shape, **form) if mine[name] is None or _is_sharded(mine[name]) else mine[name]
+            for name, shape in self._shapes().items()
+        }
+        start(made["phi"], made["alpha"], made["bias"], self.config.n_streams, self.index)
+        for name, value in made.items():
+            p = mine[name]
+            if p is not None and value is not p and not p.is_meta:
                 from torch.distributed.tensor import distribute_tensor  # there already where a parameter is sharded
 
                 p.copy_(distribute_tensor(value, p.device_mesh, p.placements))
@@ -105,9 +117,9 @@ class HyperConnection(KeepsPrecision):
     @torch.no_grad()
     def has_learned(self) -> bool:
         """Whether the parameters are others than `reset_parameters` gives; those that it draws at random aside."""
-        if self.phi.is_meta:
+        if self.bias.is_meta:
             return False
-        made: Any = {"index": self.index, "channel_dim": self.channel_dim, "device": "cpu", "dtype": self.phi.dtype}
+        made: Any = {"index": self.index, "channel_dim": self.channel_dim, "device": "cpu", "dtype": self.bias.dtype}
         with torch.random.fork_rng(devices=[]):
             starts = [list(HyperConnection(self.width, self.config, **made).parameters()) for _ in range(2)]
         parameters: Any = self.parameters()
@@ -120,7 +132,7 @@ class HyperConnection(KeepsPrecision):
 
     def get_extra_state(self) -> Tensor:
         """The options, which go with the parameters in every state dict."""
-        return options.to_tensor(self.options(), self.phi.device)
+        return options.to_tensor(self.options(), self.bias.device)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Holds the options of weights that are being loaded against this site's.
@@ -130,7 +142,8 @@ class HyperConnection(KeepsPrecision):
         """
         if state.is_meta:
             return
-        theirs, mine = options.from_tensor(state), self.options()
+        # What weights of an earlier version say nothing of was as it is by default now.
+        theirs, mine = {**MHCConfig().function(), **options.from_tensor(state)}, self.options()
         other = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         if other:
             said = [", ".join(f"{key}={given.get(key)!r}" for key in other) for given in (theirs, mine)]
@@ -200,10 +213,23 @@ class HyperConnection(KeepsPrecision):
         them in bf16 is an H_res whose rows sum to 1 within 2e-3 only.
         """
         config, connection = self.config, CONNECTIONS[self.config.connection]
-        dtype = torch.promote_types(torch.promote_types(streams, self.phi.dtype), torch.float32)
-        phi = connection.projection(self.phi, config.n_streams).to(dtype)
-        options = connection.kind, config.sinkhorn_iterations, config.eps_norm
-        return phi, self.alpha.to(dtype), self.bias.to(dtype), *options
+        dtype = torch.promote_types(torch.promote_types(streams, self.bias.dtype), torch.float32)
+        phi, alpha, kind = self.phi, self.alpha, config.connection
+        if not config.dynamic:
+            phi, alpha = self.bias.new_empty(config.n_streams * self.width, 0), self.bias.new_zeros(3)
+            kind = static(kind)
+        elif connection.projection is not None:
+            phi = connection.projection(phi, config.n_streams)
+        operands = (self._learning(operand.to(dtype)) for operand in (phi, alpha, self.bias))
+        return *operands, kind, config.sinkhorn_iterations, config.eps_norm
+
+    def _learning(self, operand: Tensor) -> Tensor:
+        """The operand, whose columns of mappings that are not to learn hand no gradient on."""
+        learn, n, columns = self.config.learn, self.config.n_streams, operand.shape[-1]
+        if len(learn) == len(MAPPINGS) or columns == 0:
+            return operand
+        parts = operand.split([1, 1, 1] if columns == len(MAPPINGS) else [n, n, columns - 2 * n], dim=-1)
+        return torch.cat([p if name in learn else p.detach() for name, p in zip(MAPPINGS, parts, strict=True)], dim=-1)
 
     def _tokens_last(self, streams: Tensor) -> Tensor:
         """(tokens, n, C)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_rewrite.kernels import gpu, ops, reference
+from mhc_rewrite.kernels import gpu, ops, reference, selection
 
 OPTIONS = ("mhc", 20, 1e-6)
 
@@ -25,7 +25,7 @@ def leaves(given: int, n: int = 4, width: int = 33) -> list[Tensor]:
 @pytest.mark.parametrize("given", [4, 1])
 @pytest.mark.parametrize("name", ["pre", "post", "post_collapse", "boundary"])
 def test_operators_on_triton(name: str, given: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda X, y, coefficients: gpu)
+    monkeypatch.setattr(selection, "kernels_for", lambda X, y, coefficients: gpu)
     values = leaves(given)
     use = {"pre": [0, 4, 5, 6], "boundary": range(7)}.get(name, range(4))
     options = OPTIONS if name in ("pre", "boundary") else ()

@@ -1,0 +1,204 @@
+"""`pre` and `boundary` of connections that are a function, and those without a projection: the function stands between
+kernels that know nothing of it.
+
+    raw, r = project(X, phi)              X', raw, r = post_project(X, y, H_post, H_res, phi)
+    H_pre', H_post', H_res' = function(raw, alpha, bias)
+    u = read(X, H_pre')
+
+Forward a boundary moves (3n + 2)C a token, as H_pre is known only once all of X' is projected; a second pass over X'
+reads it. Backward nothing is moved more than by kernels that know the connection: the gradient of H_pre is one sweep,
+the function's own gradient lies between, and all that meets X' is one more sweep.
+
+The function's gradient is a graph of aten, which `gradients_of` makes once with autograd. The bodies of operators run
+below autograd, so it could not be asked there; and compiled graphs take the graph's nodes up as they do the function's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mhc_rewrite.kernels import aten, gpu, selection
+from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, streams_of
+from mhc_rewrite.kernels.reference import Coefficients
+from mhc_rewrite.torch_private import graph_of
+
+Outputs = tuple[Tensor, ...]
+
+_TOKENS = 1009  # of the trace: a number that no other axis has, so that the graph is for any
+
+
+def pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
+    """As in aten.py: u, H_post, H_res, raw, r."""
+    raw, r = _inner(X, None, phi).project(X, phi, eps)
+    h = _coefficients(raw, alpha, bias, kind, iterations)
+    return _inner(X, None, phi).read(X, _for_given(h.pre, X)), h.post, h.res, raw, r
+
+
+def pre_backward(
+    g_u: Tensor, g_post: Tensor, g_res: Tensor,
+    X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, raw: Tensor, r: Tensor, kind: str, iterations: int,
+) -> Outputs:  # fmt: skip
+    """As in aten.py: the gradients of X, phi, alpha and bias."""
+    inner = _inner(X, None, phi)
+    g_pre = inner.read_products(g_u, X).expand_as(g_post)
+    h_pre, g_raw, *g_scales = _gradients(g_pre, g_post, g_res, raw, alpha, bias, kind, iterations)
+    return *inner.project_backward(g_u, _for_given(h_pre, X), g_raw, X, phi, raw, r), *g_scales
+
+
+def boundary(
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float,
+) -> Outputs:  # fmt: skip
+    """As in aten.py: X', u', H_post', H_res', raw', r'."""
+    inner = _inner(X, y, phi)
+    state, raw, r = inner.post_project(X, y, h_post, h_res, phi, eps)
+    h = _coefficients(raw, alpha, bias, kind, iterations)
+    return state, inner.read(state, h.pre), h.post, h.res, raw, r
+
+
+def boundary_backward(
+    g_state: Tensor, g_u: Tensor, g_post: Tensor, g_res: Tensor,
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor,
+    phi: Tensor, alpha: Tensor, bias: Tensor, raw: Tensor, r: Tensor, kind: str, iterations: int,
+) -> Outputs:  # fmt: skip
+    """As in aten.py: the gradients of X, y, H_post, H_res, phi, alpha and bias."""
+    inner = _inner(X, y, phi)
+    g_pre = inner.post_read_products(g_u, X, y, h_post, h_res)
+    h_pre, g_raw, *g_scales = _gradients(g_pre, g_post, g_res, raw, alpha, bias, kind, iterations)
+    operands = (X, y, h_post, h_res, phi, raw, r)
+    return *inner.post_project_backward(g_state, g_u, h_pre, g_raw, *operands), *g_scales
+
+
+def source_of(kind: str) -> str:
+    """A name for what the function computes, for the keys of compiled graphs."""
+    name = name_of(kind)
+    if name in KINDS:
+        return ""
+    try:
+        source = inspect.getsource(inspect.getmodule(FUNCTIONS[name].run) or FUNCTIONS[name].run)
+    except (OSError, TypeError):  # written at a prompt: nothing says what it will be in another process
+        source = _HERE
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+_HERE = uuid.uuid4().hex
+
+
+def _for_given(h_pre: Tensor, X: Tensor) -> Tensor:
+    """H_pre for a state as it is given: equal streams meet its sum."""
+    return h_pre if X.shape[1] == h_pre.shape[1] else h_pre.sum(-1, keepdim=True)
+
+
+# -- the function and its gradient -------------------------------------------------------------------------------------
+
+
+def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
+    """H_pre, H_post and H_res of every token, each with memory of its own."""
+    name, n, tokens = name_of(kind), streams_of(len(bias), kind), len(raw)
+    if is_static(kind):
+        raw, alpha = bias.new_zeros(1, len(bias)), bias.new_zeros(3)
+    if name in KINDS:
+        made = aten.coefficients(raw, alpha, bias, name, iterations)
+    else:
+        made = Coefficients(*FUNCTIONS[name].run(raw, alpha, bias, n))
+    every = (h.to(bias.dtype).expand(tokens, *h.shape[1:]) for h in made)
+    return Coefficients(*(h.clone(memory_format=torch.contiguous_format) for h in every))
+
+
+def _gradients(
+    g_pre: Tensor, g_post: Tensor, g_res: Tensor, raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H_pre again, and the gradients of raw, alpha and bias from those of H_pre, H_post and H_res."""
+    name, n, tokens, given = name_of(kind), streams_of(len(bias), kind), len(raw), raw
+    gradients = g_pre.to(bias.dtype), g_post, g_res
+    if is_static(kind):
+        raw, alpha = bias.new_zeros(1, len(bias)), bias.new_zeros(3)
+        gradients = g_pre.sum(0, keepdim=True), g_post.sum(0, keepdim=True), g_res.sum(0, keepdim=True)
+    if name in KINDS:
+        made = aten.coefficients_backward(*gradients, raw, alpha, bias, name, iterations)
+    else:
+        graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device.type)
+        made = graph(*gradients, raw, alpha, bias)
+    h_pre, g_raw, g_alpha, g_bias = made
+    if is_static(kind):
+        g_raw = torch.zeros_like(given)
+    return h_pre.expand(tokens, n).contiguous(), g_raw.contiguous(), g_alpha, g_bias
+
+
+@functools.cache
+def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torch.dtype, device: str) -> fx.GraphModule:
+    """(g_pre, g_post, g_res, raw, alpha, bias) -> (H_pre, g_raw, g_alpha, g_bias), as a graph of aten for any T."""
+
+    def gradients(g_pre: Tensor, g_post: Tensor, g_res: Tensor, *inputs: Tensor) -> Outputs:
+        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+        made = function(*inputs, n)
+        grads = torch.autograd.grad(made, inputs, (g_pre, g_post, g_res), materialize_grads=True)
+        return made[0].detach(), *grads
+
+    def made() -> fx.GraphModule:
+        sizes = ((_TOKENS, n), (_TOKENS, n), (_TOKENS, n, n), (_TOKENS, columns), (3,), (columns,))
+        graph = graph_of(gradients, *(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph
+
+    # In a thread of its own: whoever asks may be tracing, and modes of dispatch are a thread's.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(made).result()
+
+
+# -- the inner operators -----------------------------------------------------------------------------------------------
+
+
+def _inner(X: Tensor, y: Tensor | None, coefficients: Tensor) -> Any:
+    """Who has them. On a GPU they are operators, which stay whole in compiled graphs."""
+    chosen: ModuleType = selection.kernels_for(X, y, coefficients)
+    return torch.ops.mhc_rewrite if chosen is gpu else aten  # cpu.py does not have them yet
+
+
+def _define(name: str, arguments: str, results: int, shapes: Callable[..., Any]) -> None:
+    made = "Tensor" if results == 1 else "(" + ", ".join(["Tensor"] * results) + ")"
+    operator = torch.library.custom_op(
+        f"mhc_rewrite::{name}",
+        lambda *args: getattr(gpu, name)(*args),
+        mutates_args=(),
+        schema=f"({arguments}) -> {made}",
+    )
+    operator.register_fake(shapes)
+
+
+def _projected(X: Tensor, phi: Tensor, eps: float) -> Outputs:
+    return phi.new_empty(X.shape[0], phi.shape[1]), phi.new_empty(X.shape[0], 1)
+
+
+def _post_projected(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float) -> Outputs:
+    dtype = torch.promote_types(X.dtype, y.dtype)
+    return X.new_empty(X.shape[0], h_res.shape[1], X.shape[2], dtype=dtype), *_projected(X, phi, eps)
+
+
+def _like(*places: int) -> Callable[..., Outputs]:
+    """Gradients: one tensor like each of the arguments at these places."""
+    return lambda *args: tuple(torch.empty_like(args[place]) for place in places)
+
+
+_BRANCH = "Tensor X, Tensor y, Tensor h_post, Tensor h_res"
+_KEPT = "Tensor phi, Tensor raw, Tensor r"
+_READ = "Tensor g_u, Tensor h_pre, Tensor g_raw"
+
+_define("project", "Tensor X, Tensor phi, float eps", 2, _projected)
+_define("post_project", f"{_BRANCH}, Tensor phi, float eps", 3, _post_projected)
+_define("read", "Tensor X, Tensor h_pre", 1, lambda X, h_pre: X.new_empty(X.shape[0], X.shape[2]))
+_define("read_products", "Tensor g_u, Tensor X", 1, lambda g_u, X: X.new_empty(X.shape[:2], dtype=torch.float32))
+_define("post_read_products", f"Tensor g_u, {_BRANCH}", 1, lambda *args: torch.empty_like(args[3]))
+_define("project_backward", f"{_READ}, Tensor X, {_KEPT}", 2, _like(3, 4))
+_define("post_project_backward", f"Tensor g_state, {_READ}, {_BRANCH}, {_KEPT}", 5, _like(4, 5, 6, 7, 8))

@@ -21,7 +21,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
             jobs += [
                 dataclasses.replace(plain, variant=f"{name}{'' if dynamic else ', static'}", init="preserve",
                                     connection=name, dynamic=dynamic)
-                for name in CONNECTIONS
+                for name, connection in CONNECTIONS.items() if not connection.refuses(4)
             ]  # fmt: skip
     return jobs
 

@@ -118,7 +118,7 @@ def convert(model: nn.Module, job: Job, inputs: Tensor) -> None:
         warnings.simplefilter("ignore")  # of "paper", which is compared here
         mhcify(
             model, (inputs,), n_streams=streams, init=job.init, connection=job.connection,
-            sinkhorn_iterations=job.iterations,
+            dynamic=job.dynamic, sinkhorn_iterations=job.iterations,
         )  # fmt: skip
     _strengthen(model, job)
 

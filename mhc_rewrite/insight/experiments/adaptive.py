@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mhc_rewrite.insight.experiments.base import Experiment, Findings, Job, residuals, small
+from mhc_rewrite.insight.experiments.base import SITE_LR, Experiment, Findings, Job, residuals, small
 from mhc_rewrite.insight.experiments.pictures import curves, differences, loss_less_residual, side_by_side
 from mhc_rewrite.insight.experiments.reading import COMPARED, by_part, by_variant, facts, part_of, with_sites
 from mhc_rewrite.insight.experiments.timing import in_turn
@@ -28,7 +28,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
         plain = small("residual", seed, scale)
         jobs += residuals(plain)
         jobs += [
-            dataclasses.replace(plain, variant=variant, init="preserve", streams=streams)
+            dataclasses.replace(plain, variant=variant, init="preserve", streams=streams, site_lr=SITE_LR)
             for variant, streams in _STREAMS.items()
         ]
     return jobs

@@ -64,6 +64,10 @@ def residual_of(job: Job, longer: float = 1.0) -> Job:
 # the time of a slower step lies between two of these, each with a whole schedule of its own.
 LONGER = (1.0, 1.5, 2.0, 3.0)
 
+# In most experiments sites learn at so many times the model's own rate: at the same rate they hardly leave their start
+# in runs of this length, and all variants end alike (`upcycle` has several rates beside each other).
+SITE_LR = 10.0
+
 
 def small(variant: str, seed: int, scale: float, steps: int = 300) -> Job:
     """With plain residuals, of the size that most experiments have."""

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from mhc_rewrite.connections import CONNECTIONS
-from mhc_rewrite.insight.experiments.base import Experiment, Findings, Job, residuals, small
+from mhc_rewrite.insight.experiments.base import SITE_LR, Experiment, Findings, Job, residuals, small
 from mhc_rewrite.insight.experiments.pictures import curves, differences, loss_less_residual, side_by_side
 from mhc_rewrite.insight.experiments.reading import COMPARED, by_part, by_variant, facts, gain, part_of, with_sites
 from mhc_rewrite.insight.experiments.timing import in_turn
@@ -20,7 +20,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
         for dynamic in (True, False):
             jobs += [
                 dataclasses.replace(plain, variant=f"{name}{'' if dynamic else ', static'}", init="preserve",
-                                    connection=name, dynamic=dynamic)
+                                    connection=name, dynamic=dynamic, site_lr=SITE_LR)
                 for name, connection in CONNECTIONS.items() if not connection.refuses(4)
             ]  # fmt: skip
     return jobs

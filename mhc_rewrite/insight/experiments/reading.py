@@ -53,7 +53,8 @@ def facts(findings: Findings) -> str:
         f"decoder over bytes of Python's sources: {_all(job.layers for job in jobs)} layers, "
         f"C = {_all(job.width for job in jobs)}, n = {_all(job.streams for job in with_sites)}; "
         f"{_all(job.steps for job in jobs)} steps of {_all(job.batch for job in jobs)} x "
-        f"{_all(job.length for job in jobs)}, AdamW, lr {_all(job.lr for job in jobs)}; "
+        f"{_all(job.length for job in jobs)}, AdamW, lr {_all(job.lr for job in jobs)}, of sites "
+        f"{_all(job.site_lr for job in with_sites)} x that; "
         f"{plural(len({job.seed for job in jobs}), 'seed')}: mean ± standard deviation"
     )
     for times in findings.times:

@@ -1,18 +1,16 @@
-"""How many iterations does Sinkhorn-Knopp need? Sites learn at ten times the model's rate here, so that H_res leaves
-its start, which any number of iterations gives exactly."""
+"""How many iterations does Sinkhorn-Knopp need? Where H_res has left its start, which any number gives exactly."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from mhc_rewrite.insight.experiments.base import Experiment, Findings, Job, residuals, small
+from mhc_rewrite.insight.experiments.base import SITE_LR, Experiment, Findings, Job, residuals, small
 from mhc_rewrite.insight.experiments.pictures import curves, differences, loss_less_residual, side_by_side
 from mhc_rewrite.insight.experiments.reading import COMPARED, by_part, by_variant, facts, gain, part_of, with_sites
 from mhc_rewrite.insight.experiments.timing import in_turn
 
 _ITERATIONS = (1, 2, 5, 10, 20, 40)
-_SITE_LR = 10.0
 
 
 def _jobs(seeds: int, scale: float) -> list[Job]:
@@ -22,7 +20,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
         jobs += residuals(plain)
         jobs += [
             dataclasses.replace(plain, variant=f"{count:2d} iterations", init="preserve", iterations=count,
-                                site_lr=_SITE_LR)
+                                site_lr=SITE_LR)
             for count in _ITERATIONS
         ]  # fmt: skip
     return jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mhc_rewrite.insight.experiments.base import Experiment, Findings, Job, residuals, small
+from mhc_rewrite.insight.experiments.base import SITE_LR, Experiment, Findings, Job, residuals, small
 from mhc_rewrite.insight.experiments.pictures import curves, differences, loss_less_residual, side_by_side
 from mhc_rewrite.insight.experiments.reading import COMPARED, by_part, by_variant, facts, gain, part_of
 from mhc_rewrite.insight.experiments.timing import in_turn
@@ -18,7 +18,10 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
     for seed in range(seeds):
         plain = small("n = 1", seed, scale)
         jobs += residuals(plain)
-        jobs += [dataclasses.replace(plain, variant=f"n = {n}", init="preserve", streams=n) for n in _STREAMS]
+        jobs += [
+            dataclasses.replace(plain, variant=f"n = {n}", init="preserve", streams=n, site_lr=SITE_LR)
+            for n in _STREAMS
+        ]
     return jobs
 
 

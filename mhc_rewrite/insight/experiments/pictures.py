@@ -79,7 +79,8 @@ def differences(axis: Any, findings: Findings, found: dict[str, list[Result]]) -
                 places.append(k + offset)
                 means.append(statistics.fmean(values))
                 deviations.append(statistics.stdev(values))
-        axis.errorbar(means, places, xerr=deviations, fmt="o", markersize=4, color=colour, label=name, capsize=2)
+        if places:
+            axis.errorbar(means, places, xerr=deviations, fmt="o", markersize=4, color=colour, label=name, capsize=2)
     axis.axvline(0.0, color="grey", linewidth=0.8)
     axis.set(title="held-out loss, less the residual's, at the end")
     axis.set_yticks(range(len(shown)), [variant for variant, _ in shown])

@@ -20,6 +20,8 @@ MAPPINGS = ("pre", "post", "res")
 # Where a conversion starts, which sites it takes, what it keeps in memory: not what a site with given weights computes.
 _NO_FUNCTION = frozenset({"init", "include", "exclude", "min_sites", "recompute", "learn"})
 
+_EXAMPLE = '{"layers.0-11": 4, "layers.12-23": 2}'
+
 Recompute = int | Literal["auto"] | None
 
 
@@ -28,7 +30,10 @@ class MHCConfig:
     """How residual streams are rewritten.
 
     Attributes:
-        n_streams: expansion rate n, an int from 1 to 16. 1 leaves the model as it is.
+        n_streams: expansion rate n, an int from 1 to 16; 1 leaves the model as it is. Or n by stretches of the model,
+            `{"layers.0-11": 4, "layers.12-23": 2, "*": 3}`: a mapping of patterns, as those of `include`, to ints from
+            2 to 16, of which a site takes the first that matches. Between stretches streams contract or expand so that
+            their mean is kept, and with `"preserve"` the function. It is held as a tuple of pairs.
         init: how sites start. `"preserve"`: the converted model computes the original function and everything in it
             learns; streams part at their first site, or, where something on the trunk is not linear, are equal as with
             `"equal"`. `"near_identity"`: equal streams and an H_res that hardly moves. `"paper"`: arXiv:2512.24880.
@@ -39,7 +44,8 @@ class MHCConfig:
             decay, which an optimizer may apply all the same, has to be off for sites, as in `parameter_groups`.
         sinkhorn_iterations: column and row normalisations of H_res, an int >= 1; the paper uses 20 [9].
         collapse: how n streams become one at the exit: `"mean"`, or `"sum"` with `init="paper"` only.
-        include: patterns (`fnmatch`) over site names and the modules that hold them; empty means every site.
+        include: patterns (`fnmatch`, and ranges such as `layers.0-11`) over site names and the modules that hold them;
+            empty means every site.
         exclude: patterns of sites to leave as plain residual adds.
         min_sites: streams with fewer sites are left alone, an int >= 1.
         eps_norm: epsilon under the root of the RMS norm [14, 15].
@@ -51,7 +57,7 @@ class MHCConfig:
         ConfigError: a value is out of range, or two options contradict each other.
     """
 
-    n_streams: int = 4
+    n_streams: int | Mapping[str, int] | tuple[tuple[str, int], ...] = 4
     init: str = "preserve"
     connection: str = "mhc"
     dynamic: bool = True
@@ -71,14 +77,24 @@ class MHCConfig:
             if not all(isinstance(pattern, str) and pattern for pattern in patterns):
                 raise ConfigError(f"{field} takes name patterns such as 'layers.3.*', not {value!r}.")
             object.__setattr__(self, field, patterns)
-        self._check_int("n_streams", 1, MAX_STREAMS)
+        if isinstance(self.n_streams, (Mapping, tuple, list)):
+            object.__setattr__(self, "n_streams", _stretches(self.n_streams))
+        else:
+            self._check_int("n_streams", 1, MAX_STREAMS)
         self._check_int("sinkhorn_iterations", 1, None)
         self._check_int("min_sites", 1, None)
         self._check_choice("init", tuple(STARTS))
         self._check_choice("collapse", COLLAPSES)
         self._check_choice("connection", tuple(CONNECTIONS))
-        if reason := CONNECTIONS[self.connection].refuses(self.n_streams):
-            raise ConfigError(f"connection={self.connection!r} with n_streams={self.n_streams}: {reason}")
+        connection = CONNECTIONS[self.connection]
+        for n in [n for _, n in self.stretches] or [self.n]:
+            if reason := connection.refuses(n):
+                raise ConfigError(f"connection={self.connection!r} with n_streams={n}: {reason}.")
+        if self.stretches and self.init == "preserve" and not connection.in_halves:
+            raise ConfigError(
+                f"connection={self.connection!r} starts with other groups of streams than what lies between stretches "
+                "of different n_streams takes them to be. Use init='equal', or one number of streams."
+            )
         if not isinstance(self.dynamic, bool):
             raise ConfigError(f"dynamic must be True or False, not {self.dynamic!r}.")
         learn = (self.learn,) if isinstance(self.learn, str) else self.learn
@@ -93,6 +109,11 @@ class MHCConfig:
             raise ConfigError(
                 f"collapse='sum' multiplies the output by n_streams, so it contradicts init={self.init!r}. "
                 "Use collapse='mean', or init='paper'."
+            )
+        if self.collapse == "sum" and self.stretches:
+            raise ConfigError(
+                "collapse='sum' contradicts n_streams by stretches: between them the mean of the streams is kept, and "
+                "not their sum. Use collapse='mean', or one number of streams."
             )
         if both := sorted(set(self.include) & set(self.exclude)):
             raise ConfigError(f"{both[0]!r} is both included and excluded. Leave it in one of the two.")
@@ -109,6 +130,26 @@ class MHCConfig:
         if value not in choices:
             raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
+    @property
+    def stretches(self) -> tuple[tuple[str, int], ...]:
+        """n by pattern; empty where it is the same for all sites."""
+        return self.n_streams if isinstance(self.n_streams, tuple) else ()
+
+    @property
+    def n(self) -> int:
+        """The number of streams of one site.
+
+        Raises:
+            ConfigError: these are the options of a model, with n by stretches.
+        """
+        if not isinstance(self.n_streams, int):
+            raise ConfigError(f"One site has one number of streams: n_streams={dict(self.n_streams)!r} is for a model.")
+        return self.n_streams
+
+    def streams_as_text(self) -> str:
+        """`4`, or `4 at layers.0-11, 2 at layers.12-23`."""
+        return ", ".join(f"{n} at {pattern}" for pattern, n in self.stretches) or str(self.n_streams)
+
     def function(self) -> dict[str, Any]:
         """The options that decide what sites with given weights compute."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NO_FUNCTION}
@@ -116,7 +157,8 @@ class MHCConfig:
     def to_dict(self) -> dict[str, Any]:
         """The options as plain, JSON-ready data, with a `version`."""
         fields = dataclasses.asdict(self)
-        return {"version": VERSION, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        # Stretches as pairs, not as a dict: their order counts, and who writes JSON may sort keys.
+        return {"version": VERSION, **{k: _as_lists(v) for k, v in fields.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MHCConfig:
@@ -161,6 +203,39 @@ class MHCConfig:
         if unknown := sorted(set(fields) - set(known)):
             raise ConfigError(f"Unknown option {unknown[0]!r}. The options are: {', '.join(known)}.")
         return cls(**fields)
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _stretches(given: Any) -> tuple[tuple[str, int], ...]:
+    """n by pattern, checked."""
+    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise ConfigError(f"n_streams takes an int, or pairs of a pattern and an int as in {_EXAMPLE}, not {given!r}.")
+    patterns = [pattern for pattern, _ in pairs]
+    for pattern, n in pairs:
+        if not isinstance(pattern, str) or not pattern:
+            raise ConfigError(f"n_streams takes name patterns, as in {_EXAMPLE}, not {pattern!r}.")
+        if patterns.count(pattern) > 1:
+            raise ConfigError(f"n_streams has {pattern!r} twice. Leave it in once.")
+        if n == 1 and isinstance(n, int) and not isinstance(n, bool):
+            raise ConfigError(
+                f"n_streams has 1 for {pattern!r}: one stream is a plain residual. {_without(pattern, patterns)}"
+            )
+        if not isinstance(n, int) or isinstance(n, bool) or not 2 <= n <= MAX_STREAMS:
+            raise ConfigError(f"n_streams must be ints from 2 to {MAX_STREAMS}, not {n!r} for {pattern!r}.")
+    return tuple((pattern, n) for pattern, n in pairs)
+
+
+def _without(pattern: str, patterns: list[str]) -> str:
+    """How to leave sites as they are; those of the last pattern are those that no other one matches."""
+    if len(patterns) == 1:
+        return "n_streams=1 leaves the whole model as it is."
+    if pattern == patterns[-1]:
+        return f"Take it out of n_streams, and take in the others alone, with include={tuple(patterns[:-1])!r}."
+    return f"Take it out of n_streams, and leave these sites out with exclude={(pattern,)!r}."
 
 
 def check_recompute(recompute: Any) -> Recompute:

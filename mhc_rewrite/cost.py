@@ -26,6 +26,12 @@ from mhc_rewrite.plans import RewritePlan
 # Tokens, width, streams, sites of a stream (calls), of which M have parameters of their own, sites of a segment of
 # recomputation, bytes of an element, Sinkhorn-Knopp's iterations.
 T, C, n, L, M, L_r, s, t_max = sympy.symbols("T C n L M L_r s t_max", positive=True, integer=True)
+# Logits of H_res, where the connection is a function.
+K_res = sympy.symbols("K_res", nonnegative=True, integer=True)
+COLUMNS = {K_res: "logits of H_res"}
+# Where n changes within a stream.
+n_0, n_1 = sympy.symbols("n_0 n_1", positive=True, integer=True)
+RESIZED = {n_0: "streams before they are resized", n_1: "n behind that, and 1 where a stream begins"}
 SYMBOLS = {
     T: "tokens", C: "width", n: "streams", L: "sites of a stream", M: "those of them with their own parameters",
     L_r: "sites of a segment", s: "bytes of an element", t_max: "iterations of Sinkhorn-Knopp",
@@ -103,12 +109,23 @@ class Kept:
 
 @dataclass(frozen=True)
 class Stream:
-    """The sizes of one residual stream: C, sites in the order of their calls (L), those with parameters (M), s."""
+    """The sizes of one residual stream, or of a stretch of one that has n of its own.
+
+    Attributes:
+        width: C.
+        sites: in the order of their calls, L.
+        modules: those with parameters, M.
+        itemsize: s.
+        n: of a stretch; None where it is that of the config.
+        before: how many streams a stretch is resized from; 1 where the stream begins.
+    """
 
     width: int
     sites: int
     modules: int
     itemsize: int
+    n: int | None = None
+    before: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,11 +151,8 @@ class Cost:
 
     @property
     def _columns(self) -> sympy.Expr:
-        """Coefficients of a site. In n where kernels know the connection, as a number of the plan's n otherwise."""
-        connection = CONNECTIONS[self.config.connection]
-        if self.config.connection in KINDS:
-            return 2 * n + connection.columns(n)
-        return sympy.Integer(2 * self.config.n_streams + connection.columns(self.config.n_streams))
+        """Coefficients of a site."""
+        return 2 * n + (n**2 if self.config.connection in KINDS else K_res)
 
     @property
     def _raw(self) -> sympy.Expr:
@@ -177,6 +191,17 @@ class Cost:
         }
 
     @property
+    def resize(self) -> tuple[Traffic, Traffic]:
+        """Forward and backward where n_0 streams become n between two stretches, a token."""
+        zero = sympy.S.Zero
+        return Traffic(n_0 * C, n * C, zero), Traffic(n * C, n_0 * C, zero)
+
+    @property
+    def _first(self) -> sympy.Expr:
+        """How many streams of the first state are kept: of equal ones, as an expansion makes them, one."""
+        return n_1 if any(stream.before > 1 for stream in self.streams) else sympy.S.One
+
+    @property
     def flops(self) -> tuple[Flops, Flops]:
         """Forward and backward, a token and site."""
         columns = self._columns if self.config.dynamic else sympy.Integer(0)
@@ -202,12 +227,13 @@ class Cost:
     @property
     def kept(self) -> Kept:
         """By a stream where nothing is recomputed."""
-        return Kept(C * T * (n * (L - 1) + 1), C * T * L, T * L * self._raw, T * L * (n**2 + n))
+        return Kept(C * T * (n * (L - 1) + self._first), C * T * L, T * L * self._raw, T * L * (n**2 + n))
 
     @property
     def kept_in_segments(self) -> Kept:
         """By a stream where all that lies between blocks is recomputed, in segments of L_r sites [20]."""
-        return Kept(C * T * (n * (sympy.ceiling(L / L_r) - 1) + 1), C * T * L, T * L * self._raw)
+        states = n * (sympy.ceiling(L / L_r) - 1) + self._first
+        return Kept(C * T * states, C * T * L, T * L * self._raw)
 
     @property
     def transient(self) -> sympy.Expr:
@@ -243,7 +269,7 @@ class Cost:
         segment: int | None = None,
         over: Callable[[Iterable[int]], int] = sum,
     ) -> int:
-        """A formula with the sizes of every stream; 0 with n = 1, where nothing is rewritten.
+        """A formula with the sizes of every stream, stretch by stretch; 0 with n = 1, where nothing is rewritten.
 
         Args:
             tokens: T, the same for all streams.
@@ -251,20 +277,35 @@ class Cost:
             over: how the streams' numbers become one. Of `transient` and `cut` only one stream's is there at a time:
                 `max`.
         """
-        streams, iterations = self.config.n_streams, self.config.sinkhorn_iterations
-        if streams == 1:
+        if self.config.n_streams == 1:
             return 0
-        return over(
-            int(formula.subs({
-                T: tokens, C: stream.width, n: streams, L: stream.sites, M: stream.modules, s: stream.itemsize,
-                L_r: min(segment or best_segment(streams, stream.sites), stream.sites), t_max: iterations,
-            }))
-            for stream in self.streams
-        )  # fmt: skip
+        return over(self._with_sizes(formula, stream, tokens, segment) for stream in self.streams)
+
+    def _with_sizes(self, formula: sympy.Expr, stream: Stream, tokens: int, segment: int | None = None) -> int:
+        streams = stream.n or self.config.n
+        return int(formula.subs({
+            T: tokens, C: stream.width, n: streams, L: stream.sites, M: stream.modules, s: stream.itemsize,
+            L_r: min(segment or best_segment(streams, stream.sites), stream.sites),
+            t_max: self.config.sinkhorn_iterations, n_0: stream.before, n_1: streams if stream.before > 1 else 1,
+            K_res: CONNECTIONS[self.config.connection].columns(streams),
+        }))  # fmt: skip
+
+    def moved(self, fusion: str, tokens: int = 1) -> tuple[int, int]:
+        """Bytes that all sites move, forward and backward, with what it takes to resize streams between stretches.
+
+        Args:
+            fusion: a key of `traffic`.
+        """
+        forward, backward = (
+            self.evaluate(T * L * site.bytes, tokens=tokens)
+            + sum(self._with_sizes(T * change.bytes, k, tokens) for k in self.streams if k.before > 1)
+            for site, change in zip(self.traffic[fusion], self.resize)
+        )
+        return forward, backward
 
     def best_segment(self, stream: int = 0) -> int:
         """L_r of one stream that keeps least, what is made again included."""
-        return best_segment(self.config.n_streams, self.streams[stream].sites)
+        return best_segment(self.streams[stream].n or self.config.n, self.streams[stream].sites)
 
 
 def cost(plan: RewritePlan) -> Cost:
@@ -275,12 +316,15 @@ def cost(plan: RewritePlan) -> Cost:
     streams: list[Stream] = []
     seen: set[str] = set()
     for stream in plan.streams:
-        sites = [site for site in stream.sites if not site.excluded]
-        own = {site.name for site in sites} - seen
-        seen |= own
         itemsize = max(getattr(torch, site.dtype.removeprefix("torch.")).itemsize for site in stream.sites)
-        streams.append(Stream(stream.width, len(sites), len(own), itemsize))
-    return Cost(plan.config, tuple(stream for stream in streams if stream.sites))
+        before = 1
+        for sites in stream.stretches:
+            own = {site.name for site in sites} - seen
+            seen |= own
+            n_here = sites[0].n_streams
+            streams.append(Stream(stream.width, len(sites), len(own), itemsize, n_here, before))
+            before = n_here or before
+    return Cost(plan.config, tuple(streams))
 
 
 def best_segment(streams: int, sites: int) -> int:
@@ -377,10 +421,10 @@ def estimate(of: Cost, on: Device, parameters: float, fusion: str = "boundary", 
     peak = on.bf16 if itemsize == 2 else on.fp32
     forward, backward = (
         max(
-            of.evaluate(L * moved.bytes) / on.bandwidth,
+            moved / on.bandwidth,
             of.evaluate(L * done.projection) / on.product + of.evaluate(L * (done.mixes + done.sinkhorn)) / on.fp32,
         )
-        for moved, done in zip(of.traffic[fusion], of.flops)
+        for moved, done in zip(of.moved(fusion), of.flops)
     )
     replaced = of.evaluate(L * s * 6 * C) / on.bandwidth
     return Estimate(
@@ -421,9 +465,14 @@ def paper(streams: int) -> Cost:
 
 
 def with_streams(plan: RewritePlan, streams: int) -> RewritePlan:
-    """The same plan with another n: what is found in a model does not depend on it.
+    """The same plan with another n, for all sites: what is found in a model does not depend on it.
 
     Raises:
         ConfigError: n is out of range.
     """
-    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, n_streams=streams))
+    made = [
+        dataclasses.replace(stream, sites=tuple(dataclasses.replace(site, n_streams=None) for site in stream.sites))
+        for stream in plan.streams
+    ]
+    config = dataclasses.replace(plan.config, n_streams=streams)
+    return dataclasses.replace(plan, config=config, streams=tuple(made))

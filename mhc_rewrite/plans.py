@@ -59,6 +59,7 @@ class ResidualSite:
         dtype: dtype of the trunk, as in `str(torch.float32)`.
         source: where the add stands.
         excluded: the user left this site out; on the streams it stays a plain residual, without parameters.
+        n_streams: n here, where the plan has several; None elsewhere, and at excluded sites.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ResidualSite:
     dtype: str
     source: SourceLine
     excluded: bool = False
+    n_streams: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,12 @@ class ResidualStream:
         """C of the stream."""
         return self.sites[0].width
 
+    @property
+    def stretches(self) -> tuple[tuple[ResidualSite, ...], ...]:
+        """The sites that are not excluded, call by call, cut where n changes: at least one stretch."""
+        sites = (site for site in self.sites if not site.excluded)
+        return tuple(tuple(group) for _, group in itertools.groupby(sites, key=lambda site: site.n_streams))
+
     def start(self, init: str) -> str:
         """How its sites start where a conversion was given `init`."""
         return "equal" if init == "preserve" and self.nonlinear else init
@@ -141,6 +149,10 @@ class RewritePlan:
     def sites(self) -> tuple[ResidualSite, ...]:
         """All sites of all streams, in execution order, each once."""
         return tuple(dict.fromkeys(site for stream in self.streams for site in stream.sites))
+
+    def streams_at(self, site: ResidualSite) -> int:
+        """n of a site that is not excluded."""
+        return site.n_streams or self.config.n
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -192,7 +204,7 @@ class ListedNode:
         shape: of its result, streams included, or None where it is no tensor.
         dtype: of its result, or None.
         source: line of the user's code that it comes from.
-        role: `"trunk"`, `"residual add"`, `"expand"`, `"pre"`, `"post"`, `"boundary"`, `"collapse"`, or "".
+        role: `"trunk"`, `"residual add"`, `"expand"`, `"resize"`, `"pre"`, `"post"`, `"boundary"`, `"collapse"`, or "".
     """
 
     name: str
@@ -273,7 +285,7 @@ def report_table(report: RewriteReport) -> RenderableType:
 
 def _headline(plan: RewritePlan) -> str:
     config = plan.config
-    how = f"n = {config.n_streams}, {config.connection}, init {config.init}"
+    how = f"n = {config.streams_as_text()}, {config.connection}, init {config.init}"
     return f"{plan.model}: {_site_count(plan.sites)} in {plural(len(plan.streams), 'stream')} ({how})"
 
 
@@ -314,6 +326,9 @@ def _stream_head(index: int, stream: ResidualStream, init: str, parameters: int 
     )
     if parameters is not None:
         head.append(f", {plural(parameters, 'parameter')} added")
+    if len(stream.stretches) > 1:
+        numbers = [f"{sites[0].n_streams} ({plural(len(sites), 'site')})" for sites in stream.stretches]
+        head.append(f"\n  streams along it: {', '.join(numbers)}")
     head.append(f"\n  entry {module_name(stream.entry)}, exit {module_name(stream.exit)}")
     if stream.scope not in (stream.entry, stream.exit):
         head.append(f", within {module_name(stream.scope)}")
@@ -331,8 +346,10 @@ def _operations(named: Sequence[str]) -> str:
 
 
 def _sites_table(stream: ResidualStream) -> Table:
-    table = plain_table("site", "", "branch", "C", "source")
-    table.columns[3].justify = "right"
+    n_of_its_own = any(site.n_streams for site in stream.sites)
+    table = plain_table("site", "", "branch", *(["n"] if n_of_its_own else []), "C", "source")
+    for column in table.columns[3:-1]:
+        column.justify = "right"
     for sites in groups(stream.sites, key=_site_key):
         site = sites[0]
         for name, covered in fold(site.name for site in sites).items():
@@ -342,13 +359,14 @@ def _sites_table(stream: ResidualStream) -> Table:
             if site.excluded:
                 cell.append("\nexcluded: stays a plain residual", style="italic")
             branch = Text(folded_names(site.branch for site in own))
-            table.add_row(cell, times(len(own)), branch, str(site.width), _source_cell(site.source))
+            n = [str(site.n_streams or "")] if n_of_its_own else []
+            table.add_row(cell, times(len(own)), branch, *n, str(site.width), _source_cell(site.source))
     return table
 
 
 def _site_key(site: ResidualSite) -> Hashable:
     names = (without_numbers(name) for name in (site.name, site.carrier, site.branch))
-    return (*names, site.width, site.channel_dim, site.dtype, site.source, site.excluded)
+    return (*names, site.width, site.channel_dim, site.dtype, site.source, site.excluded, site.n_streams)
 
 
 def _rejections_table(rejections: Sequence[Rejection]) -> Table:

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhc_rewrite.kernels import triton_boundary, triton_boundary_backward, triton_post
+from mhc_rewrite.kernels import triton_boundary, triton_boundary_backward, triton_given, triton_post
 from mhc_rewrite.kernels.kinds import KINDS
 from mhc_rewrite.kernels.triton_configs import Launch
 
@@ -32,6 +33,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+# n, and columns of phi where coefficients are given: none, few, as many as mHC has, many
+COLUMNS = [(4, 0), (4, 8), (4, 24), (4, 32), (8, 80), (5, 130), (16, 288)]
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -46,17 +49,21 @@ class Resources(NamedTuple):
     """Accesses of 16 bytes in the code."""
 
 
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compiler_of(target: str) -> Any:
+    """Inside, configurations are those of the target."""
+    return mock.patch.object(torch.version, "hip", "7" if TARGETS[target].backend == "hip" else None)
+
+
 def launches(
     n: int, target: str, width: int = 768, tokens: int = 4096, dtype: torch.dtype = torch.bfloat16, kind: str = "mhc"
 ) -> dict[str, Launch]:
     """Every kernel's launch at this size, as it would be made on the target; those of few tokens at 16 of them."""
     columns, norms = n * n + 2 * n, 1 if KINDS[kind].constrained else n
-
-    def stream(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def number(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
+    stream, number = functools.partial(meta, dtype=dtype), functools.partial(meta, dtype=torch.float32)
 
     def boundaries(tokens: int) -> dict[str, list[Launch]]:
         X, mix = stream(tokens, n, width), (stream(tokens, width), number(tokens, n), number(tokens, n, n))
@@ -77,7 +84,7 @@ def launches(
         }
 
     X, y, h_post, h_res = stream(tokens, n, width), stream(tokens, width), number(tokens, n), number(tokens, n, n)
-    with mock.patch.object(torch.version, "hip", "7" if TARGETS[target].backend == "hip" else None):
+    with compiler_of(target):
         many = boundaries(tokens)
         few = boundaries(min(tokens, 16))
         return {
@@ -96,6 +103,32 @@ def launches(
             "pre, few tokens": few["pre"][0],
             "few tokens, finish": few["pre"][-1],
         }
+
+
+def given_launches(
+    n: int, columns: int, target: str, width: int = 768, tokens: int = 4096, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Launch]:
+    """Those of the operators that are given their coefficients, for any number of columns."""
+    stream, number = functools.partial(meta, dtype=dtype), functools.partial(meta, dtype=torch.float32)
+    X, h_pre, phi = stream(tokens, n, width), number(tokens, n), number(n * width, columns)
+    y = stream(tokens, width)
+    mix = y, number(tokens, n), number(tokens, n, n)
+    raw, r = number(tokens, columns), number(tokens, 1)
+    with compiler_of(target):
+        forward = triton_given.project_launches(X, phi, 1e-6, raw, r)
+        few = triton_given.project_launches(X[:16], phi, 1e-6, raw[:16], r[:16])
+        back = triton_given.given_backward_launches(None, y, h_pre, raw, X, None, phi, raw, r, (X,), phi)
+        outputs = (X, *mix)
+        mixed = triton_given.given_backward_launches(X, y, h_pre, raw, X, mix, phi, raw, r, outputs, phi)
+        products, _ = triton_given.products_launches(y, X, mix)
+        named = [
+            *zip(("project", "norm"), forward), *zip(("project, few tokens", "norm, few tokens"), few),
+            ("read", triton_given.read_launch(X, h_pre, y)), ("made, products", products[1]),
+        ]  # fmt: skip
+        before, after = (("product gradient",), ("parameters",)) if columns else ((), ())
+        named += zip((*before, "state", *after), back)
+        named += [(f"made, {name}", launch) for name, launch in zip((*before, "state", "unmix", *after), mixed)]
+    return dict(named)
 
 
 def resources(launch: Launch, target: GPUTarget) -> Resources:
@@ -136,17 +169,22 @@ def resources(launch: Launch, target: GPUTarget) -> Resources:
     return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, wide)
 
 
-def rows(streams: tuple[int, ...], targets: Iterable[str] = TARGETS) -> Iterator[tuple[int, str, str, Resources]]:
-    """At the size of the table in docs/kernels.md."""
+def rows(streams: tuple[int, ...], targets: Iterable[str] = TARGETS) -> Iterator[tuple[str, str, str, Resources]]:
+    """At the size of the table in docs/kernels.md; n, or n and the columns of phi."""
+    made: list[tuple[str, dict[str, dict[str, Launch]]]] = []
     for n in streams:
-        made = {target: launches(n, target, 2560, 8192) for target in targets}
-        for kernel in made[next(iter(made))]:
+        made.append((str(n), {target: launches(n, target, 2560, 8192) for target in targets}))
+    for n, columns in COLUMNS:
+        of = {target: given_launches(n, columns, target, 2560, 8192) for target in targets}
+        made.append((f"{n}, {columns}", of))
+    for size, of in made:
+        for kernel in of[next(iter(of))]:
             for target in targets:
-                yield n, kernel, target, resources(made[target][kernel], TARGETS[target])
+                yield size, kernel, target, resources(of[target][kernel], TARGETS[target])
 
 
 if __name__ == "__main__":
-    table = Table("n", "kernel", "target", "registers", "spills", "shared memory", "16-byte accesses")
-    for n, kernel, target, used in rows((2, 4, 8)):
-        table.add_row(str(n), kernel, target, *map(str, used))
+    table = Table("n, columns", "kernel", "target", "registers", "spills", "shared memory", "16-byte accesses")
+    for size, kernel, target, used in rows((2, 4, 8)):
+        table.add_row(size, kernel, target, *map(str, used))
     Console(width=100).print(table)

@@ -14,8 +14,12 @@ FOLDER = Path(__file__).parent / "kernels_interpreted"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tests", ["test_post or test_pre", "test_boundary", "not test_post and not test_pre and not test_boundary"]
-)
+    "tests",
+    [
+        "test_post or test_pre", "test_boundary", "test_inner",
+        "not test_post and not test_pre and not test_boundary and not test_inner",
+    ],
+)  # fmt: skip
 def test_kernels_interpreted(tests: str) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this system")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, str(FOLDER)]

@@ -278,7 +278,7 @@ def test_wrong_shapes(name: str, change: dict[str, tuple[int, ...]], said: str, 
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(KernelError, match="'mhc', 'deepseek_v4', 'hc', not 'mhc2'"):
+    with pytest.raises(KernelError, match=r"kind must be one of 'mhc', .*, not 'mhc2'"):
         call("pre", operands(), kind="mhc2")
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from mhc_rewrite.capture.examples import example_call
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import CommandError, UsageError
-from mhc_rewrite.cli.options import Settings, Spec
+from mhc_rewrite.cli.options import Settings, Spec, Streams, number_of_streams
 from mhc_rewrite.cli.tables import bench_table
-from mhc_rewrite.config import MAX_STREAMS, MHCConfig
+from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.insight import bench as benchmark
 from mhc_rewrite.insight.bench import Inputs, Measured, Workload
 from mhc_rewrite.insight.peers import PEERS
@@ -48,7 +48,6 @@ class Autocast(str, enum.Enum):
 
 AUTOCAST = {Autocast.bf16: torch.bfloat16, Autocast.fp16: torch.float16}
 
-Streams = Annotated[int, typer.Option("--n", min=2, max=MAX_STREAMS, help="Number of streams.")]
 Batch = Annotated[
     Optional[int],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option(min=1, help="Rows of the example inputs, repeated or cut.", show_default="as they are"),
@@ -105,7 +104,7 @@ def register(
 
     @app.command("bench")
     def print_bench(
-        model: Spec, n: Streams = 4, batch: Batch = None, length: Length = None, training: Training = True,
+        model: Spec, n: Streams = "4", batch: Batch = None, length: Length = None, training: Training = True,
         autocast: Cast = None, recompute: Recompute = None, device: On = None, compiled: Compiled = True,
         peers: Peers = False, rounds: Rounds = 15, threads: Threads = None, fresh: Fresh = True,
         json_file: Json = None, csv_file: Csv = None, plot: Plot = None, config: Settings = None,
@@ -119,7 +118,7 @@ def register(
             if threads:
                 torch.set_num_threads(threads)
             load_it = functools.partial(load, model, tuple(config or ()), batch, length)
-            options = MHCConfig(n_streams=n, recompute=_recompute(recompute))
+            options = MHCConfig(n_streams=number_of_streams(n, 2), recompute=_recompute(recompute))
             workload = Workload(load_it, options, training, AUTOCAST[autocast] if autocast else None, on)
             settings = _settings(workload, model, rounds)
             backends = [benchmark.EAGER, benchmark.MHC] if compiled else [benchmark.EAGER]
@@ -189,9 +188,10 @@ def _settings(workload: Workload, model: str, rounds: int) -> dict[str, str]:
     args, kwargs = example_call(built, inputs)
     named = kwargs or {str(k): value for k, value in enumerate(args)}
     shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in named.items() if isinstance(v, Tensor))
+    parameters, streams = sum(p.numel() for p in built.parameters()), workload.config.streams_as_text()
     where = f"{torch.get_num_threads()} threads, C++ kernels: {'yes' if cpu.available() else 'no'}"
     return {
-        "model": f"{model}, {sum(p.numel() for p in built.parameters()):,} parameters, n = {workload.config.n_streams}",
+        "model": f"{model}, {parameters:,} parameters, n = {streams}",
         "inputs": shapes,
         "step": ("forward and backward" if workload.training else "forward")
         + (f", autocast {workload.autocast}" if workload.autocast else "")

@@ -17,10 +17,11 @@ import mhc_rewrite
 from mhc_rewrite import cost as costs
 from mhc_rewrite.cli import spec
 from mhc_rewrite.cli.errors import UsageError
-from mhc_rewrite.cli.options import Settings
+from mhc_rewrite.cli.options import Settings, number_of_streams
 from mhc_rewrite.config import MAX_STREAMS
 from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
 from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.kernels.kinds import FUNCTIONS
 from mhc_rewrite.printing import plain_table
 
 PAPER = "paper"
@@ -31,7 +32,15 @@ Model = Annotated[
     typer.Argument(metavar="SPEC|paper", help=f"The model: {spec.FORMS}; or the paper's own, 27B.", show_default=False),
 ]
 DeviceName = Annotated[str, typer.Option("--device", metavar="NAME", help="h100, a100, mi300x or cpu.")]
-Streams = Annotated[str, typer.Option("--n", metavar="N,N,...", help=f"Numbers of streams, 1 to {MAX_STREAMS}.")]
+Streams = Annotated[
+    str,
+    typer.Option(
+        "--n",
+        "--n-streams",
+        metavar="N,N,...|PATTERN=N,...",
+        help=f"Numbers of streams, 1 to {MAX_STREAMS}; or one plan with n by stretches: layers.0-11=4,layers.12-23=2.",
+    ),
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, for what grows with them.")]
 Parameters = Annotated[
     Optional[float],  # noqa: UP045 (read at run time by every supported Typer)
@@ -51,17 +60,18 @@ def register(
     ) -> None:  # fmt: skip
         """Show what mHC costs: formulas, numbers, and an estimate of the step's overhead on a device."""
         with working(f"Reading {model}"):
-            on, streams = _device(device), _streams(n)
+            on, stretches = _device(device), number_of_streams(n) if "=" in n else 4
             if model == PAPER:
                 size = parameters or costs.PAPER_PARAMETERS
-                shown = _paper({k: costs.paper(k) for k in streams}, on, size)
+                shown = _paper({k: costs.paper(k) for k in _streams(n)}, on, size)
             else:
                 built, inputs = spec.load(model, config or ())
-                plan = mhc_rewrite.plan(built, inputs)
+                plan = mhc_rewrite.plan(built, inputs, n_streams=stretches)
                 size = parameters or sum(p.numel() for p in built.parameters())
-                shown = _model(
-                    plan.model, {k: costs.cost(costs.with_streams(plan, k)) for k in streams}, on, size, tokens
-                )
+                of: dict[Any, Cost] = {plan.config.streams_as_text(): costs.cost(plan)}
+                if "=" not in n:
+                    of = {k: costs.cost(costs.with_streams(plan, k)) for k in _streams(n)}
+                shown = _model(plan.model, of, on, size, tokens)
         show(shown)
 
 
@@ -83,9 +93,12 @@ def _streams(text: str) -> list[int]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _model(name: str, of: Mapping[int, Cost], on: Device, parameters: float, tokens: int) -> RenderableType:
+def _model(name: str, of: Mapping[Any, Cost], on: Device, parameters: float, tokens: int) -> RenderableType:
     first = next(iter(of.values()))
-    sizes = "; ".join(f"{k.sites} sites, C = {k.width}, {k.itemsize} bytes an element" for k in first.streams)
+    sizes = "; ".join(
+        f"{k.sites} sites" + (f", n = {k.n}" if k.n else "") + f", C = {k.width}, {k.itemsize} bytes an element"
+        for k in first.streams
+    )
     return Group(
         Text(f"{name}: {sizes}", style="bold"),
         Text("as SPEC builds it, with all its parameters; --config and --parameters change that", style="dim"),
@@ -150,7 +163,16 @@ def _formulas(of: Cost) -> list[RenderableType]:
         ("bytes at a pipeline cut", of.cut),
     ):
         memory.add_row(Text(what, no_wrap=True), _formula(formula))
-    names = ", ".join(f"{symbol} = {what}" for symbol, what in costs.SYMBOLS.items())
+    resized = any(stream.before > 1 for stream in of.streams)
+    if resized:
+        for k, direction in enumerate(("forward", "backward")):
+            moved = of.resize[k]
+            row = (moved.read, moved.written, moved.coefficients, moved.again)
+            traffic.add_row(f"resized between stretches, {direction}", *map(_formula, row))
+    symbols = {**costs.SYMBOLS, **(costs.RESIZED if resized else {})}
+    if of.config.connection in FUNCTIONS:
+        symbols.update(costs.COLUMNS)
+    names = ", ".join(f"{symbol} = {what}" for symbol, what in symbols.items())
     return [
         *_section("a token and site, in elements of the streams and in flops", traffic, Text(), flops),
         *_section("a stream, in elements and fp32 numbers", memory),
@@ -158,7 +180,7 @@ def _formulas(of: Cost) -> list[RenderableType]:
     ]
 
 
-def _numbers(of: Mapping[int, Cost], tokens: int) -> Table:
+def _numbers(of: Mapping[Any, Cost], tokens: int) -> Table:
     table = _numbers_table(
         "n", "parameters\nadded", "moved at boundaries\nforward", "\nbackward", "flops\nforward", "\nbackward",
         "kept", "L_r", "kept in\nsegments", "transient", "at a\npipeline cut",
@@ -171,7 +193,7 @@ def _numbers(of: Mapping[int, Cost], tokens: int) -> Table:
         def value(formula: sympy.Expr, cost: Cost = cost, **how: Any) -> int:
             return cost.evaluate(formula, tokens=tokens, **how)
 
-        moved = (f"{value(T * L * k.bytes) / 1e6:,.1f} MB" for k in cost.traffic["boundary"])
+        moved = (f"{number / 1e6:,.1f} MB" for number in cost.moved("boundary", tokens))
         flops = (f"{value(T * L * (k.projection + k.mixes + k.sinkhorn)) / 1e9:,.2f} G" for k in cost.flops)
         lengths = dict.fromkeys(cost.best_segment(k) for k in range(len(cost.streams)))
         table.add_row(
@@ -184,7 +206,7 @@ def _numbers(of: Mapping[int, Cost], tokens: int) -> Table:
 
 
 def _overheads(
-    of: Mapping[int, Cost], on: Device, parameters: float, beside: Mapping[str, Mapping[int, float]] | None = None
+    of: Mapping[Any, Cost], on: Device, parameters: float, beside: Mapping[str, Mapping[int, float]] | None = None
 ) -> Table:
     """By n; `beside` are columns of other people's figures."""
     ways = [(fusion, recompute) for fusion in FUSIONS for recompute in (False, True)]

@@ -25,13 +25,14 @@ STYLES = {
     "trunk": "cyan",
     "residual add": "bold red",
     "expand": "bold green",
+    "resize": "bold green",
     "pre": "bold green",
     "post": "bold green",
     "boundary": "bold green",
     "collapse": "bold green",
 }
 COLOURS = {"trunk": "lightblue", "residual add": "salmon"} | dict.fromkeys(
-    ("expand", "pre", "post", "boundary", "collapse"), "palegreen"
+    ("expand", "resize", "pre", "post", "boundary", "collapse"), "palegreen"
 )
 
 

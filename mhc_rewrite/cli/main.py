@@ -21,8 +21,7 @@ from rich.text import Text
 import mhc_rewrite
 from mhc_rewrite.cli import bench, cost, experiment, listing, machine, spec
 from mhc_rewrite.cli.errors import CommandError
-from mhc_rewrite.cli.options import Settings, Spec
-from mhc_rewrite.config import MAX_STREAMS
+from mhc_rewrite.cli.options import Settings, Spec, Streams, number_of_streams
 from mhc_rewrite.errors import ExampleInputsError, MHCError
 from mhc_rewrite.printing import as_text
 
@@ -61,7 +60,6 @@ class PlanFormat(str, enum.Enum):
     json = "json"
 
 
-Streams = Annotated[int, typer.Option("--n", min=1, max=MAX_STREAMS, help="Number of streams.")]
 Include = Annotated[
     Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option("--include", metavar="PATTERN", help="Rewrite only these sites or modules. Repeatable."),
@@ -81,23 +79,24 @@ def print_graphs(
         typer.Option(metavar="NAME", help="Only the module of this name, or those of this pattern."),
     ] = None,
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.rich,
-    n: Streams = 4,
+    n: Streams = "4",
     include: Include = None,
     exclude: Exclude = None,
     config: Settings = None,
 ) -> None:
     """Show the model's rewritten graph, module by module; identical modules once."""
     with _working(f"Rewriting {model}"):
+        streams = number_of_streams(n)
         built, inputs = spec.load(model, config or ())
-        mhc_rewrite.mhcify(built, inputs, n_streams=n, include=tuple(include or ()), exclude=tuple(exclude or ()))
-        graphs = mhc_rewrite.graphs(built) if n > 1 else []
+        mhc_rewrite.mhcify(built, inputs, n_streams=streams, include=tuple(include or ()), exclude=tuple(exclude or ()))
+        graphs = mhc_rewrite.graphs(built) if streams != 1 else []
         listings = listing.merge(listing.select(graphs, layer), stage.value)
     if format is GraphFormat.rich:
         _show(listing.rich(listings, stage.value))
     elif format is GraphFormat.text:
         print(listing.text(listings, stage.value))
     elif format is GraphFormat.json:
-        print(listing.as_json(listings, stage.value, spec=model, model=type(built).__name__, n_streams=n))
+        print(listing.as_json(listings, stage.value, spec=model, model=type(built).__name__, n_streams=streams))
     else:
         print(listing.dot(listings, stage.value))
 
@@ -106,15 +105,18 @@ def print_graphs(
 def print_sites(
     model: Spec,
     format: Annotated[PlanFormat, typer.Option(help="How to print it.")] = PlanFormat.rich,
-    n: Streams = 4,
+    n: Streams = "4",
     include: Include = None,
     exclude: Exclude = None,
     config: Settings = None,
 ) -> None:
     """Show what would be rewritten: streams, sites, and what is left alone and why."""
     with _working(f"Reading {model}"):
+        streams = number_of_streams(n)
         built, inputs = spec.load(model, config or ())
-        plan = mhc_rewrite.plan(built, inputs, n_streams=n, include=tuple(include or ()), exclude=tuple(exclude or ()))
+        plan = mhc_rewrite.plan(
+            built, inputs, n_streams=streams, include=tuple(include or ()), exclude=tuple(exclude or ())
+        )
     if format is PlanFormat.rich:
         _show(plan)
     else:

@@ -34,6 +34,11 @@ def _any_number(n: int) -> str:
     return ""
 
 
+def first_group(n: int) -> int:
+    """How many of n streams are in the first of the two groups that "preserve" starts with; the others follow them."""
+    return (n + 1) // 2
+
+
 @dataclass(frozen=True)
 class Connection:
     """One relative of mHC: all share the site's shape, only how H_* are made differs.
@@ -48,6 +53,8 @@ class Connection:
         function: None where `KINDS` has kernels for it, under the name that it is registered by.
         columns: n -> how many logits H_res has.
         refuses: n -> why it is not defined for so many streams, and what is; empty where it is.
+        in_halves: whether "preserve" parts streams into `first_group` and the rest, which is what they are taken for
+            where n changes within a model.
         phi_shape: (n, C) -> shape of the projection; (n C, K) where there is none.
         projection: (phi, n) -> phi as the operators take it, (n C, K); as it is where there is none.
     """
@@ -57,6 +64,7 @@ class Connection:
     function: Mappings | None = None
     columns: Callable[[int], int] = _square
     refuses: Callable[[int], str] = _any_number
+    in_halves: bool = True
     phi_shape: Callable[[int, int], tuple[int, int]] | None = None
     projection: Callable[[Tensor, int], Tensor] | None = None
 

@@ -6,11 +6,9 @@ Nothing here changes the model.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -21,9 +19,9 @@ from mhc_rewrite.capture.state import undisturbed
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.conversion.captures import CallKind, Captures
 from mhc_rewrite.conversion.naming import DTYPES, CarrierWiring, Mode, agreed_chains, name_sites, wire
+from mhc_rewrite.conversion.patterns import check_patterns, matches_module, streams_at, wanted
 from mhc_rewrite.errors import (
     CaptureError,
-    ConfigError,
     ExampleInputsError,
     MHCError,
     NoResidualError,
@@ -136,19 +134,20 @@ def _planned(
     captures, modes = _capture_and_link(model, args, kwargs, config, runs)
     rejections = list(dict.fromkeys(r for mode in modes for r in mode.rejections))
     sites = name_sites(model, modes)
-    _check_patterns(config, sites.values(), modes)
+    check_patterns(config, list(sites.values()), {call.name for mode in modes for call in mode.recording.calls})
     chains = agreed_chains(modes)
     streams: list[ResidualStream] = []
     kept: list[tuple[SiteRef, ...]] = []
     repeated: list[set[str]] = []
     for chain, linked in chains:
-        chosen = [replace(sites[ref], excluded=not _wanted(sites[ref], config, filter_fn)) for ref in chain]
+        chosen = [replace(sites[ref], excluded=not wanted(sites[ref], config, filter_fn)) for ref in chain]
         included = [i for i, site in enumerate(chosen) if not site.excluded]
         distinct = {chosen[i].name for i in included}
         if len(included) < config.min_sites:
             rejections.append(_too_short(chosen, len(distinct), config))
             continue
         part = slice(included[0], included[-1] + 1)
+        chosen[part] = [replace(site, n_streams=streams_at(site, config)) for site in chosen[part]]
         outside = [*chosen[: part.start], *chosen[part.stop :]]
         rejections += [Rejection(s.holder, s.source, "excluded", "excluded, at the end of a stream") for s in outside]
         kept.append(chain[part])
@@ -307,7 +306,7 @@ def _link(
                 call.name,
             )
         if isinstance(captured, CaptureError):
-            if not _matches_module(call.name, config.exclude):
+            if not matches_module(call.name, config.exclude):
                 raise captured
             rejected.append(Rejection(call.name, None, "excluded", f"excluded, and it can't be captured: {captured}"))
             continue
@@ -320,31 +319,6 @@ def _link(
 
 
 # -- naming and choosing ---------------------------------------------------------------------------------------------
-
-
-def _matches_module(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for pattern in patterns)
-
-
-def _matches(site: ResidualSite, patterns: tuple[str, ...]) -> bool:
-    return any(_matches_module(name, patterns) for name in (site.name, site.holder, site.carrier))
-
-
-def _wanted(site: ResidualSite, config: MHCConfig, filter_fn: Callable[[ResidualSite], bool] | None) -> bool:
-    included = not config.include or _matches(site, config.include)
-    return included and not _matches(site, config.exclude) and (filter_fn is None or bool(filter_fn(site)))
-
-
-def _check_patterns(config: MHCConfig, sites: Any, modes: list[Mode]) -> None:
-    sites = list(sites)
-    modules = {call.name for mode in modes for call in mode.recording.calls}
-    for option in ("include", "exclude"):
-        for pattern in getattr(config, option):
-            uncaptured = option == "exclude" and any(_matches_module(name, (pattern,)) for name in modules)
-            if not any(_matches(site, (pattern,)) for site in sites) and not uncaptured:
-                names = [name for site in sites for name in (site.name, site.holder)]
-                near = difflib.get_close_matches(pattern, dict.fromkeys(names), 3, 0.4) or names[:3]
-                raise ConfigError(f"{option}={pattern!r} matches no site. Near: {', '.join(map(repr, near))}.")
 
 
 def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Rejection:

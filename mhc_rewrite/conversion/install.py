@@ -146,10 +146,10 @@ def install(model: nn.Module, analysis: Analysis) -> None:
     added: list[tuple[nn.Module, str]] = []
     try:
         for stream in analysis.plan.streams:
-            config = _of_stream(analysis.plan.config, stream)
+            configs = _configs(analysis.plan, stream)
             for index, site in enumerate(_each_site(stream)):
                 if not site.excluded:
-                    _add_site(model, site, index, config, analysis.plan)
+                    _add_site(model, site, index, configs[site], analysis.plan)
                     added.append((model.get_submodule(site.holder), site.name.rpartition(".")[2]))
         roles = _roles(model, analysis)
         for name, role in roles.items():
@@ -204,15 +204,20 @@ def _each_site(stream: ResidualStream) -> Iterable[ResidualSite]:
     return dict.fromkeys(stream.sites)
 
 
-def _of_stream(config: MHCConfig, stream: ResidualStream) -> MHCConfig:
-    """As the sites of this stream take it: with a start that fits, and a number in place of `recompute="auto"`."""
-    config = dataclasses.replace(config, init=stream.start(config.init))
-    if config.recompute != "auto":
-        return config
-    from mhc_rewrite.cost import best_segment  # sympy takes its time
+def _configs(plan: RewritePlan, stream: ResidualStream) -> dict[ResidualSite, MHCConfig]:
+    """The options as the sites of a stream take them: with a start that fits, n of their stretch, and a number in place
+    of `recompute="auto"`."""
+    config = dataclasses.replace(plan.config, init=stream.start(plan.config.init))
+    made: dict[ResidualSite, MHCConfig] = {}
+    for stretch in stream.stretches:
+        n, recompute = plan.streams_at(stretch[0]), config.recompute
+        if recompute == "auto":
+            from mhc_rewrite.cost import best_segment  # sympy takes its time
 
-    calls = sum(not site.excluded for site in stream.sites)
-    return dataclasses.replace(config, recompute=best_segment(config.n_streams, max(1, calls)))
+            recompute = best_segment(n, len(stretch))
+        for site in stretch:  # one that is called in several stretches takes the options of the first
+            made.setdefault(site, dataclasses.replace(config, n_streams=n, recompute=recompute))
+    return made
 
 
 def _add_site(model: nn.Module, site: ResidualSite, index: int, config: MHCConfig, plan: RewritePlan) -> None:

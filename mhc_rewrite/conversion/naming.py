@@ -135,7 +135,7 @@ def wire(
                 carriers[ref.carrier] = CarrierWiring(captures.inlined[ref.carrier], known=known)
             wiring = carriers[ref.carrier]
             path = None if site.excluded else site.name[len(ref.carrier) :].lstrip(".")
-            wiring.targets[ref.key] = SiteTarget(path, number)
+            wiring.targets[ref.key] = SiteTarget(path, number, site.n_streams)
     for call, residuals in (pair for mode in modes for pair in mode.calls if pair[0].name in carriers):
         for trunk in residuals.trunks:
             target = carriers[call.name].targets.get(trunk.sites[0].key)

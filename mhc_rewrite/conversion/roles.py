@@ -382,8 +382,9 @@ class CarrierRole:
         like = (id(captured), tuple(self.wiring.targets.items()), arriving, leaving)
         if like not in rewrites:
             on, ending = self.outgoing(residuals, leaving)
+            n = None if self.config.stretches else self.config.n
             rewrite = expand_streams(
-                captured, residuals, self.wiring.targets, n=self.config.n_streams, collapse=self.config.collapse,
+                captured, residuals, self.wiring.targets, n=n, collapse=self.config.collapse,
                 arriving=frozenset(arriving), leaving=on, ending=ending,
             )  # fmt: skip
             fuse_site_calls(rewrite.graph)

@@ -29,7 +29,7 @@ class PeerSite(nn.Module):
 
     def __init__(self, site: HyperConnection) -> None:
         super().__init__()
-        self.n = site.config.n_streams
+        self.n = site.config.n
         if site.channel_dim != -1:
             raise PeerError("The other packages take channels last; this model has streams with channels elsewhere.")
 

@@ -142,7 +142,9 @@ def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torc
     def gradients(g_pre: Tensor, g_post: Tensor, g_res: Tensor, *inputs: Tensor) -> Outputs:
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
         made = function(*inputs, n)
-        grads = torch.autograd.grad(made, inputs, (g_pre, g_post, g_res), materialize_grads=True)
+        # One that depends on nothing has no gradient to begin with: an H_res that is always the identity.
+        outputs, given = zip(*((h, g) for h, g in zip(made, (g_pre, g_post, g_res)) if h.requires_grad))
+        grads = torch.autograd.grad(outputs, inputs, given, materialize_grads=True)
         return made[0].detach(), *grads
 
     def made() -> fx.GraphModule:
@@ -163,7 +165,7 @@ def gradients_of(function: Callable[..., Any], n: int, columns: int, dtype: torc
 def _inner(X: Tensor, y: Tensor | None, coefficients: Tensor) -> Any:
     """Who has them. On a GPU they are operators, which stay whole in compiled graphs."""
     chosen: ModuleType = selection.kernels_for(X, y, coefficients)
-    return torch.ops.mhc_rewrite if chosen is gpu else aten  # cpu.py does not have them yet
+    return torch.ops.mhc_rewrite if chosen is gpu else chosen
 
 
 def _define(name: str, arguments: str, results: int, shapes: Callable[..., Any]) -> None:

@@ -203,6 +203,49 @@ def boundary_backward(
     return g_X.to(X.dtype), *rest
 
 
+def project(X: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """As in aten.py: raw and r."""
+    return torch.ops.mhc_rewrite_cpu.project(X, phi, eps)
+
+
+def project_backward(
+    g_u: Tensor, h_pre: Tensor, g_raw: Tensor, X: Tensor, phi: Tensor, raw: Tensor, r: Tensor
+) -> tuple[Tensor, ...]:
+    """As in aten.py: the gradients of X and phi."""
+    return torch.ops.mhc_rewrite_cpu.project_backward(g_u, h_pre, g_raw, X, phi, raw, r)
+
+
+def read(X: Tensor, h_pre: Tensor) -> Tensor:
+    """As in aten.py: u (T, C)."""
+    return torch.ops.mhc_rewrite_cpu.read(X, h_pre)
+
+
+def read_products(g_u: Tensor, X: Tensor) -> Tensor:
+    """As in aten.py: the gradient of H_pre (T, S)."""
+    return torch.ops.mhc_rewrite_cpu.read_products(g_u, X)
+
+
+def post_project(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """As in aten.py: X', raw, r."""
+    return torch.ops.mhc_rewrite_cpu.post_project(_wide(X, y), y, h_post, h_res, phi, eps)
+
+
+def post_read_products(g_u: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """As in aten.py: the gradient of H_pre (T, n)."""
+    return torch.ops.mhc_rewrite_cpu.post_read_products(g_u, _wide(X, y), y, h_post, h_res)
+
+
+def post_project_backward(
+    g_state: Tensor, g_u: Tensor, h_pre: Tensor, g_raw: Tensor,
+    X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, raw: Tensor, r: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As in aten.py: the gradients of X, y, H_post, H_res and phi."""
+    g_X, *rest = torch.ops.mhc_rewrite_cpu.post_project_backward(
+        g_state, g_u, h_pre, g_raw, _wide(X, y), y, h_post, h_res, phi, raw, r
+    )
+    return g_X.to(X.dtype), *rest
+
+
 def _wide(X: Tensor, y: Tensor) -> Tensor:
     """The streams in the wider dtype of the two, so that what is not written out in operators.cpp never arises."""
     return X.to(torch.promote_types(X.dtype, y.dtype))
@@ -248,6 +291,26 @@ def _shapes_of_boundary(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, *si
     return state, *_shapes_of_pre(state, *site)
 
 
+def _shapes_of_project(X: Tensor, phi: Tensor, eps: float) -> Outputs:
+    return phi.new_empty(X.shape[0], phi.shape[1]), phi.new_empty(X.shape[0], 1)
+
+
+def _shapes_of_post_project(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, eps: float) -> Outputs:
+    return _shapes_of_post(X, y, h_post, h_res), *_shapes_of_project(X, phi, eps)
+
+
+def _shapes_of_read(X: Tensor, h_pre: Tensor) -> Tensor:
+    return X.new_empty(X.shape[0], X.shape[2])
+
+
+def _shapes_of_read_products(g_u: Tensor, X: Tensor) -> Tensor:
+    return X.new_empty(X.shape[:2], dtype=torch.float32)
+
+
+def _shapes_of_post_read_products(g_u: Tensor, X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    return h_post.new_empty(h_post.shape)
+
+
 def _like(first: int, last: int) -> Callable[..., Outputs]:
     """Gradients: one tensor like each of the arguments at these places."""
     return lambda *args: tuple(map(torch.empty_like, args[first:last]))
@@ -256,14 +319,25 @@ def _like(first: int, last: int) -> Callable[..., Outputs]:
 _SITE = "Tensor phi, Tensor alpha, Tensor bias"
 _BRANCH = "Tensor X, Tensor y, Tensor h_post, Tensor h_res"
 _GRADIENTS = "Tensor g_u, Tensor g_post, Tensor g_res"
+_KEPT = "Tensor raw, Tensor r"
 _RULES = "bool constrained, bool transposed, float eps_kind, int iterations"
 
 _declare("pre", f"Tensor X, {_SITE}, {_RULES}, float eps", 5, _shapes_of_pre)
-_declare("pre_backward", f"{_GRADIENTS}, Tensor X, {_SITE}, Tensor raw, Tensor r, {_RULES}", 4, _like(3, 7))
+_declare("pre_backward", f"{_GRADIENTS}, Tensor X, {_SITE}, {_KEPT}, {_RULES}", 4, _like(3, 7))
 _declare("post", _BRANCH, 1, _shapes_of_post)
 _declare("post_backward", f"Tensor g_out, {_BRANCH}", 4, _like(1, 5))
 _declare("boundary", f"{_BRANCH}, {_SITE}, {_RULES}, float eps", 6, _shapes_of_boundary)
 _declare(
-    "boundary_backward", f"Tensor g_state, {_GRADIENTS}, {_BRANCH}, {_SITE}, Tensor raw, Tensor r, {_RULES}", 7,
+    "boundary_backward", f"Tensor g_state, {_GRADIENTS}, {_BRANCH}, {_SITE}, {_KEPT}, {_RULES}", 7,
     _like(4, 11),
 )  # fmt: skip
+_declare("project", "Tensor X, Tensor phi, float eps", 2, _shapes_of_project)
+_declare("project_backward", f"Tensor g_u, Tensor h_pre, Tensor g_raw, Tensor X, Tensor phi, {_KEPT}", 2, _like(3, 5))
+_declare("post_project", f"{_BRANCH}, Tensor phi, float eps", 3, _shapes_of_post_project)
+_declare(
+    "post_project_backward",
+    f"Tensor g_state, Tensor g_u, Tensor h_pre, Tensor g_raw, {_BRANCH}, Tensor phi, {_KEPT}", 5, _like(4, 9),
+)  # fmt: skip
+_declare("read", "Tensor X, Tensor h_pre", 1, _shapes_of_read)
+_declare("read_products", "Tensor g_u, Tensor X", 1, _shapes_of_read_products)
+_declare("post_read_products", f"Tensor g_u, {_BRANCH}", 1, _shapes_of_post_read_products)

@@ -17,8 +17,15 @@ _FILES = {
     "boundary_backward": "triton_boundary_backward",
     "post": "triton_post",
     "post_backward": "triton_post",
+    "post_project": "triton_given",
+    "post_project_backward": "triton_given",
+    "post_read_products": "triton_given",
     "pre": "triton_boundary",
     "pre_backward": "triton_boundary_backward",
+    "project": "triton_given",
+    "project_backward": "triton_given",
+    "read": "triton_given",
+    "read_products": "triton_given",
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import pre_of, store_coefficients
-from mhc_rewrite.kernels.triton_configs import Launch, choose, cut, power_of_two, precision
+from mhc_rewrite.kernels.triton_configs import Config, Launch, choose, cut, padded, power_of_two, precision
 from mhc_rewrite.kernels.triton_post import post_launch
 from mhc_rewrite.kernels.triton_streams import add_product, pre_weight
 
@@ -32,11 +32,10 @@ from mhc_rewrite.kernels.triton_streams import add_product, pre_weight
 @triton.jit
 def _project(
     state, phi, t, real, first, last, C,
-    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    S: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x @ phi (tokens, KP) and every stream's sum of squares (tokens, NP), over the elements first to last of C."""
-    K: tl.constexpr = N * N + 2 * N
     EXACT: tl.constexpr = state.dtype.element_ty == tl.bfloat16
     k = tl.arange(0, KP)
     stream = tl.arange(0, NP)[None, :]
@@ -56,7 +55,7 @@ def _project(
 
 
 @triton.jit
-def _normalised(
+def normalised(
     product, squares, C, eps_norm,
     S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, CONSTRAINED: tl.constexpr,
 ):  # fmt: skip
@@ -78,13 +77,10 @@ def _normalised(
 
 
 @triton.jit
-def _finish(
-    columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations,
-    N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, CONSTRAINED: tl.constexpr, EPS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+def store_projection(
+    columns, norm, raw, r, t, real,
+    N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, CONSTRAINED: tl.constexpr,
 ):  # fmt: skip
-    """Stores raw, the norm, H_post and H_res."""
-    K: tl.constexpr = N * N + 2 * N
     k = tl.arange(0, KP)
     stream = tl.arange(0, NP)[None, :]
     if CONSTRAINED:
@@ -92,6 +88,17 @@ def _finish(
     else:
         tl.store(r + t[:, None] * N + stream, norm, mask=real[:, None] & (stream < N))
     tl.store(raw + t[:, None] * K + k[None, :], columns, mask=real[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _finish(
+    columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations,
+    N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, CONSTRAINED: tl.constexpr, EPS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Stores raw, the norm, H_post and H_res."""
+    K: tl.constexpr = N * N + 2 * N
+    store_projection(columns, norm, raw, r, t, real, N, NP, K, KP, CONSTRAINED)
     # Register tiles cannot be cut into columns: what follows reads them from the cache, in the shapes it needs.
     tl.debug_barrier()
     store_coefficients(raw, alpha, bias, h_post, h_res, t, real, iterations, N, NP, CONSTRAINED, EPS, TRANSPOSED)
@@ -100,7 +107,7 @@ def _finish(
 @triton.jit
 def _forward_kernel(
     state, phi, alpha, bias, u, h_post, h_res, raw, r, T, C, iterations, eps_norm,
-    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     CONSTRAINED: tl.constexpr, EPS: tl.constexpr, TRANSPOSED: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,10 +118,10 @@ def _forward_kernel(
     u += first * C
     h_post += first * N
     h_res += first * N * N
-    raw += first * (N * N + 2 * N)
+    raw += first * K
     r += first * (1 if CONSTRAINED else N)
-    product, squares = _project(state, phi, t, real, 0, C, C, S, N, NP, KP, TOKENS, WIDTH, PRECISION)
-    columns, norm = _normalised(product, squares, C, eps_norm, S, N, NP, KP, CONSTRAINED)
+    product, squares = _project(state, phi, t, real, 0, C, C, S, NP, K, KP, TOKENS, WIDTH, PRECISION)
+    columns, norm = normalised(product, squares, C, eps_norm, S, N, NP, KP, CONSTRAINED)
     _finish(
         columns, norm, alpha, bias, h_post, h_res, raw, r, t, real, iterations, N, NP, KP, CONSTRAINED, EPS, TRANSPOSED
     )
@@ -132,10 +139,10 @@ def _forward_kernel(
 @triton.jit
 def _project_part_kernel(
     state, phi, products, squares, T, C, PART,
-    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = N * N + 2 * N
+    """A part's share of `_project`: K and N numbers a token."""
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - first
@@ -144,7 +151,7 @@ def _project_part_kernel(
     squares += first * tl.num_programs(1) * N
     start = tl.program_id(1) * PART
     last = tl.minimum(start + PART, C)
-    product, square = _project(state, phi, t, real, start, last, C, S, N, NP, KP, TOKENS, WIDTH, PRECISION)
+    product, square = _project(state, phi, t, real, start, last, C, S, NP, K, KP, TOKENS, WIDTH, PRECISION)
     k = tl.arange(0, KP)
     stream = tl.arange(0, NP)[None, :]
     rows = (t * tl.num_programs(1) + tl.program_id(1))[:, None]
@@ -153,13 +160,29 @@ def _project_part_kernel(
 
 
 @triton.jit
+def add_parts(
+    products, squares, t, real, PARTS,
+    N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The shares of all parts, in their order: x @ phi (tokens, KP) and the sums of squares (tokens, NP)."""
+    k = tl.arange(0, KP)
+    stream = tl.arange(0, NP)[None, :]
+    product = tl.zeros((TOKENS, KP), tl.float32)
+    square = tl.zeros((TOKENS, NP), tl.float32)
+    for part in range(PARTS):
+        rows = (t * PARTS + part)[:, None]
+        product += tl.load(products + rows * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
+        square += tl.load(squares + rows * N + stream, mask=real[:, None] & (stream < N), other=0.0)
+    return product, square
+
+
+@triton.jit
 def _finish_part_kernel(
     state, products, squares, alpha, bias, u, h_post, h_res, raw, r, T, C, PART, PARTS, iterations, eps_norm,
-    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     CONSTRAINED: tl.constexpr, EPS: tl.constexpr, TRANSPOSED: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = N * N + 2 * N
     block = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - block
@@ -172,14 +195,8 @@ def _finish_part_kernel(
     raw += block * K
     r += block * (1 if CONSTRAINED else N)
     k = tl.arange(0, KP)
-    stream = tl.arange(0, NP)[None, :]
-    product = tl.zeros((TOKENS, KP), tl.float32)
-    square = tl.zeros((TOKENS, NP), tl.float32)
-    for part in range(PARTS):
-        rows = (t * PARTS + part)[:, None]
-        product += tl.load(products + rows * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
-        square += tl.load(squares + rows * N + stream, mask=real[:, None] & (stream < N), other=0.0)
-    columns, norm = _normalised(product, square, C, eps_norm, S, N, NP, KP, CONSTRAINED)
+    product, square = add_parts(products, squares, t, real, PARTS, N, NP, K, KP, TOKENS)
+    columns, norm = normalised(product, square, C, eps_norm, S, N, NP, KP, CONSTRAINED)
     first = tl.program_id(1) * PART
     for start in range(first, tl.minimum(first + PART, C), WIDTH):
         c = start + tl.arange(0, WIDTH)
@@ -236,24 +253,36 @@ def pre_launches(
     """One launch, or two where C is cut into parts."""
     (tokens, streams, width), n, rules = state.shape, streams_of(phi.shape[1]), KINDS[kind]
     config = choose("pre", n, width, tokens)
-    blocks = triton.cdiv(tokens, config.tokens)
-    sizes = {"N": n, "NP": power_of_two(n), "KP": max(16, power_of_two(phi.shape[1])), "S": streams}
-    sizes.update({"TOKENS": config.tokens, "WIDTH": config.width})
-    sweep = {**sizes, "PRECISION": precision()}
+    sizes = {"S": streams, "N": n, "NP": power_of_two(n), "K": phi.shape[1], "KP": padded(phi.shape[1])}
     flags = {"CONSTRAINED": rules.constrained, "EPS": rules.eps, "TRANSPOSED": rules.transposed}
-    given = {"state": state, "phi": phi, "T": tokens, "C": width}
     made: dict[str, Any] = dict(zip(("u", "h_post", "h_res", "raw", "r"), outputs))
     made.update({"alpha": alpha, "bias": bias, "iterations": iterations, "eps_norm": eps})
     if config.parts == 1:
+        given = {"state": state, "phi": phi, "T": tokens, "C": width}
+        sweep = {**sizes, "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": precision()}
+        blocks = triton.cdiv(tokens, config.tokens)
         return [Launch(_forward_kernel, (blocks,), {**given, **made}, {**sweep, **flags}, config)]
-    part, parts = cut(width, config)
-    shares = {"products": phi.new_empty((tokens, parts, phi.shape[1])), "squares": phi.new_empty((tokens, parts, n))}
+    project, parts = project_launch(state, phi, n, config)
+    shares = {name: project.arguments[name] for name in ("products", "squares")}
     finish = choose("finish", n, width, tokens)
     of_finish, finishing = cut(width, finish)
     finished = {"state": state, "T": tokens, "C": width, "PART": of_finish, "PARTS": parts}
     sizes.update({"TOKENS": finish.tokens, "WIDTH": finish.width})
     grid = triton.cdiv(tokens, finish.tokens), finishing
-    return [
-        Launch(_project_part_kernel, (blocks, parts), {**given, **shares, "PART": part}, sweep, config),
-        Launch(_finish_part_kernel, grid, {**finished, **shares, **made}, {**sizes, **flags}, finish),
-    ]
+    return [project, Launch(_finish_part_kernel, grid, {**finished, **shares, **made}, {**sizes, **flags}, finish)]
+
+
+def project_launch(state: Tensor, phi: Tensor, n: int, config: Config) -> tuple[Launch, int]:
+    """The first half: the shares of every part, `products` (T, parts, K) and `squares` (T, parts, n); and the parts."""
+    (tokens, streams, width), columns = state.shape, phi.shape[1]
+    part, parts = cut(width, config)
+    arguments = {
+        "state": state, "phi": phi, "products": phi.new_empty((tokens, parts, columns)),
+        "squares": phi.new_empty((tokens, parts, n)), "T": tokens, "C": width, "PART": part,
+    }  # fmt: skip
+    constants = {
+        "S": streams, "N": n, "NP": power_of_two(n), "K": columns, "KP": padded(columns),
+        "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": precision(),
+    }  # fmt: skip
+    grid = triton.cdiv(tokens, config.tokens), parts
+    return Launch(_project_part_kernel, grid, arguments, constants, config), parts

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import load_divisor, raw_gradient, store_gradients, store_pre_gradient
-from mhc_rewrite.kernels.triton_configs import Launch, choose, cut, gradient_precision, power_of_two
-from mhc_rewrite.kernels.triton_parameters import blocks, parameters_launch
+from mhc_rewrite.kernels.triton_configs import Launch, choose, cut, gradient_precision, padded, power_of_two
+from mhc_rewrite.kernels.triton_parameters import Summed, blocks, config_of, parameters_launch
 from mhc_rewrite.kernels.triton_post import post_backward_launch
 from mhc_rewrite.kernels.triton_streams import load_streams, pre_weight
 
@@ -35,7 +35,7 @@ def _dots_kernel(
     g_u, X, y, dots, T, C, PART,
     MIX: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """g_u . X[j] and, with MIX, g_u . y of a part of C, M + 1 numbers a token and part."""
+    """g_u . X[j] and, with MIX, g_u . y of a part of C, M + MIX numbers a token and part."""
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - first
@@ -59,7 +59,7 @@ def _dots_kernel(
         for j in tl.static_range(M + MIX):
             new = new + (products[j] + from_u * tiles[j],)
         products = new
-    own = dots + (first * tl.num_programs(1) + t * tl.num_programs(1) + tl.program_id(1)) * (M + 1)
+    own = dots + (first * tl.num_programs(1) + t * tl.num_programs(1) + tl.program_id(1)) * (M + MIX)
     for j in tl.static_range(M + MIX):
         tl.store(own + j, tl.sum(products[j], axis=1), mask=real)
 
@@ -77,7 +77,7 @@ def _coefficients_kernel(
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     real = t < T - first
-    dots += first * PARTS * (M + 1)
+    dots += first * PARTS * (M + MIX)
     g_post += first * N
     g_res += first * N * N
     raw += first * K
@@ -88,19 +88,9 @@ def _coefficients_kernel(
     if MIX:
         h_post += first * N
         h_res += first * N * M
-    sums = ()
-    for j in tl.static_range(M + MIX):
-        total = tl.zeros((TOKENS,), tl.float32)
-        for part in range(PARTS):
-            total += tl.load(dots + (t * PARTS + part) * (M + 1) + j, mask=real, other=0.0)
-        sums = sums + (total,)
+    sums = add_dots(dots, t, real, PARTS, MIX, M, TOKENS)
     for i in tl.static_range(N):
-        if MIX:  # g_u . X'[i]: X' need not be made for it
-            gradient = tl.load(h_post + t * N + i, mask=real, other=0.0) * sums[M]
-            for j in tl.static_range(M):
-                gradient += tl.load(h_res + (t * N + i) * M + j, mask=real, other=0.0) * sums[j]
-        else:
-            gradient = sums[i % M]
+        gradient = dot_with_state(sums, h_post, h_res, t, real, i, MIX, M, N)
         store_pre_gradient(gradient, raw, alpha, bias, g_s, t, real, i, N, CONSTRAINED)
     store_gradients(
         g_post, g_res, raw, alpha, bias, g_s, t, real, iterations, N, NP, CONSTRAINED, EPS, TRANSPOSED, HISTORY
@@ -122,20 +112,52 @@ def _coefficients_kernel(
             own = tl.sum(tl.where((k % N == j)[None, :], shrink, 0.0), axis=1)
             tl.store(decays + t * N + j, own, mask=real)
     if tl.program_id(0) == 0:
-        for start in range(0, COUNTERS, 128):
-            place = start + tl.arange(0, 128)
-            tl.store(arrivals + place, tl.zeros((128,), tl.int32), mask=place < COUNTERS)
+        zero(arrivals, COUNTERS)
+
+
+@triton.jit
+def add_dots(dots, t, real, PARTS, MIX: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr):
+    """What `_dots_kernel` left of all parts, added."""
+    sums = ()
+    for j in tl.static_range(M + MIX):
+        total = tl.zeros((TOKENS,), tl.float32)
+        for part in range(PARTS):
+            total += tl.load(dots + (t * PARTS + part) * (M + MIX) + j, mask=real, other=0.0)
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def dot_with_state(sums, h_post, h_res, t, real, i: tl.constexpr, MIX: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """g_u . X'[i]: X' need not be made for it."""
+    if MIX:
+        gradient = tl.load(h_post + t * N + i, mask=real, other=0.0) * sums[M]
+        for j in tl.static_range(M):
+            gradient += tl.load(h_res + (t * N + i) * M + j, mask=real, other=0.0) * sums[j]
+    else:
+        gradient = sums[i % M]
+    return gradient
+
+
+@triton.jit
+def zero(counters, count):
+    for start in range(0, count, 128):
+        place = start + tl.arange(0, 128)
+        tl.store(counters + place, tl.zeros((128,), tl.int32), mask=place < count)
 
 
 @triton.jit
 def _state_kernel(
-    given, g_u, phi, alpha, bias, raw, g_product, decays, out, T, C, PART,
-    MIX: tl.constexpr, S: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
-    CONSTRAINED: tl.constexpr, EPS: tl.constexpr,
+    given, g_u, phi, alpha, bias, raw, h_pre, g_product, decays, out, T, C, PART,
+    MIX: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    MADE: tl.constexpr, CONSTRAINED: tl.constexpr, EPS: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G of a part of C, from X'. With MIX `given` is the gradient that came with X', and what decays is left out."""
-    K: tl.constexpr = N * N + 2 * N
+    """G of a part of C, from X'. With MIX `given` is the gradient that came with X', and what decays is left out.
+
+    MADE: H_pre was made from raw, alpha and bias as `Kind` says, and is again; else `h_pre` (tokens, S) is there. With
+    K = 0 nothing was projected.
+    """
     # Tokens count from the first of the block: what lies within a block is addressed in int32, which saves registers.
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
@@ -144,6 +166,7 @@ def _state_kernel(
     out += first * S * C
     g_u += first * C
     raw += first * K
+    h_pre += first * S
     g_product += first * K
     decays += first * (1 if CONSTRAINED else S)
     k = tl.arange(0, KP)
@@ -160,12 +183,20 @@ def _state_kernel(
         from_u = tl.load(g_u + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
         for i in range(S):
             rows = (t * S * C)[:, None] + c[None, :] + i * C
-            gradient = _through_phi(columns, phi, t, real, i, c, C, K, KP, WHOLE, TOKENS, WIDTH, PRECISION)
-            gradient += pre_weight(raw, alpha, bias, t, real, i, S, N, CONSTRAINED, EPS)[:, None] * from_u
-            x = tl.load(given + rows, mask=mask, other=0.0).to(tl.float32)
+            if K > 0:
+                gradient = _through_phi(columns, phi, t, real, i, c, C, K, KP, WHOLE, TOKENS, WIDTH, PRECISION)
+            else:
+                gradient = tl.zeros((TOKENS, WIDTH), tl.float32)
+            if MADE:
+                weight = pre_weight(raw, alpha, bias, t, real, i, S, N, CONSTRAINED, EPS)
+            else:
+                weight = tl.load(h_pre + t * S + i, mask=real, other=0.0)
+            gradient += weight[:, None] * from_u
+            if MIX or K > 0:
+                x = tl.load(given + rows, mask=mask, other=0.0).to(tl.float32)
             if MIX:
                 gradient += x
-            else:
+            elif K > 0:
                 gradient -= tl.load(decays + (t if CONSTRAINED else t * S + i), mask=real, other=0.0)[:, None] * x
             tl.store(out + rows, gradient.to(out.dtype.element_ty), mask=mask)
 
@@ -248,50 +279,81 @@ def backward_launches(
     """
     (tokens, streams, width), columns = X.shape, phi.shape[1]
     n, rules = streams_of(columns), KINDS[kind]
-    dotted, solved = choose("dots", n, width, tokens), choose("coefficients", n, width, tokens)
-    config = choose("state", n, width, tokens)
-    of_dots, dot_parts = cut(width, dotted)
-    part, parts = cut(width, config)
+    solved = choose("coefficients", n, width, tokens)
+    summing = config_of(mix is not None, n, width, tokens)
     g_s, g_product = torch.empty_like(raw), torch.empty_like(raw)
-    counters = raw.new_empty((blocks(n, columns, width, tokens, mix is not None),), dtype=torch.int32)
+    counters = raw.new_empty((blocks(summing, columns, width) + 1,), dtype=torch.int32)
     g_u, g_post, g_res = given
     y, h_post, h_res = mix or (X, X, X)  # without a mix X stands in, unread
-    g_X, g_y, g_h_post, g_h_res = outputs if mix else (*outputs, X, X, X)
     state = n if mix else streams
-    dots = raw.new_empty((tokens, dot_parts, streams + 1))
     decays = raw.new_empty((tokens, 1 if rules.constrained else state))
     of_state = outputs[0] if g_state is None else torch.empty_like(g_state)
-    multiplied = gradient_precision(of_state.dtype)
-    sizes: dict[str, Any] = {"MIX": mix is not None, "S": state, "N": n, "KP": max(16, power_of_two(columns))}
-    sizes.update({"CONSTRAINED": rules.constrained, "EPS": rules.eps})
-    dot = Launch(
-        _dots_kernel, (triton.cdiv(tokens, dotted.tokens), dot_parts),
-        {"g_u": g_u, "X": X, "y": y, "dots": dots, "T": tokens, "C": width, "PART": of_dots},
-        {"MIX": mix is not None, "M": streams, "TOKENS": dotted.tokens, "WIDTH": dotted.width}, dotted,
-    )  # fmt: skip
+    dot = dots_launch(g_u, X, mix and y, n)
     solve = Launch(
         _coefficients_kernel, (triton.cdiv(tokens, solved.tokens),),
         {
-            "dots": dots, "g_post": g_post, "g_res": g_res, "h_post": h_post, "h_res": h_res,
+            "dots": dot.arguments["dots"], "g_post": g_post, "g_res": g_res, "h_post": h_post, "h_res": h_res,
             "alpha": alpha, "bias": bias, "raw": raw, "r": r, "g_s": g_s, "g_product": g_product, "decays": decays,
-            "arrivals": counters, "T": tokens, "C": width, "PARTS": dot_parts, "iterations": iterations,
+            "arrivals": counters, "T": tokens, "C": width, "PARTS": dot.grid[1], "iterations": iterations,
             "COUNTERS": len(counters),
         },
         {
-            **sizes, "M": streams, "NP": power_of_two(n), "TRANSPOSED": rules.transposed,
+            "MIX": mix is not None, "M": streams, "S": state, "N": n, "NP": power_of_two(n), "KP": padded(columns),
+            "CONSTRAINED": rules.constrained, "EPS": rules.eps, "TRANSPOSED": rules.transposed,
             "HISTORY": power_of_two(iterations), "TOKENS": solved.tokens,
         },
         solved,
     )  # fmt: skip
-    into = Launch(
-        _state_kernel, (triton.cdiv(tokens, config.tokens), parts),
-        {
-            "given": X if g_state is None else g_state, "g_u": g_u, "phi": phi, "alpha": alpha, "bias": bias,
-            "raw": raw, "g_product": g_product, "decays": decays, "out": of_state, "T": tokens, "C": width,
-            "PART": part,
-        },
-        {**sizes, "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": multiplied}, config,
+    into = state_launch(X, g_state, g_u, phi, g_product, decays, of_state, n, pre_made(raw, alpha, bias, kind))
+    apart = []
+    if mix:
+        g_X, g_y, g_h_post, g_h_res = outputs
+        apart = [post_backward_launch(of_state, X, y, h_post, h_res, g_X, g_y, g_h_post, g_h_res, decays)]
+    g_phi, g_alpha, g_bias = parameters
+    summed = Summed(raw, g_s, g_alpha, g_bias, kind)
+    return [dot, solve, into, *apart, parameters_launch(X, mix, g_product, counters, g_phi, summed, summing, atomic)]
+
+
+def dots_launch(g_u: Tensor, X: Tensor, y: Tensor | None, n: int) -> Launch:
+    """g_u . X[j] and, if there is a y, g_u . y: `dots` (T, parts, M), or (T, parts, M + 1)."""
+    tokens, streams, width = X.shape
+    config = choose("dots", n, width, tokens)
+    part, parts = cut(width, config)
+    dots = X.new_empty((tokens, parts, streams + (y is not None)), dtype=torch.float32)
+    return Launch(
+        _dots_kernel, (triton.cdiv(tokens, config.tokens), parts),
+        {"g_u": g_u, "X": X, "y": X if y is None else y, "dots": dots, "T": tokens, "C": width, "PART": part},
+        {"MIX": y is not None, "M": streams, "TOKENS": config.tokens, "WIDTH": config.width}, config,
     )  # fmt: skip
-    apart = [post_backward_launch(of_state, X, y, h_post, h_res, g_X, g_y, g_h_post, g_h_res, decays)] if mix else []
-    sums = parameters_launch(X, mix, raw, g_s, g_product, counters, parameters, kind, atomic)
-    return [dot, solve, into, *apart, sums]
+
+
+def state_launch(
+    X: Tensor, g_state: Tensor | None, g_u: Tensor, phi: Tensor, g_product: Tensor, decays: Tensor, out: Tensor,
+    n: int, h_pre: tuple[dict[str, Tensor], dict[str, Any]],
+) -> Launch:  # fmt: skip
+    """G, from the gradient of X', or from the state X where there is none; configured as for n streams.
+
+    `h_pre` is what the kernel has H_pre from, arguments and constants: `pre_made` or `pre_given`.
+    """
+    (tokens, streams, width), columns = out.shape, phi.shape[1]
+    config = choose("state", n, width, tokens)
+    part, parts = cut(width, config)
+    tensors = {"given": X if g_state is None else g_state, "g_u": g_u, "phi": phi, **h_pre[0]}
+    tensors.update({"g_product": g_product, "decays": decays, "out": out})
+    constants = {"MIX": g_state is not None, "S": streams, "K": columns, "KP": padded(columns), **h_pre[1]}
+    constants.update({"TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": gradient_precision(out.dtype)})
+    grid = triton.cdiv(tokens, config.tokens), parts
+    return Launch(_state_kernel, grid, {**tensors, "T": tokens, "C": width, "PART": part}, constants, config)
+
+
+def pre_made(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    rules = KINDS[kind]
+    constants = {
+        "MADE": True, "N": streams_of(len(bias)), "CONSTRAINED": rules.constrained, "EPS": rules.eps,
+    }  # fmt: skip
+    return {"raw": raw, "alpha": alpha, "bias": bias, "h_pre": raw}, constants
+
+
+def pre_given(h_pre: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    constants = {"MADE": False, "N": h_pre.shape[1], "CONSTRAINED": True, "EPS": 0.0}
+    return {"raw": h_pre, "alpha": h_pre, "bias": h_pre, "h_pre": h_pre}, constants

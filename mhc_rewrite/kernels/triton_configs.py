@@ -105,14 +105,15 @@ def _unmix(n: int, width: int, tokens: int) -> list[Config]:
 
 def _pre(n: int, width: int, tokens: int) -> list[Config]:
     """For many tokens cut into a few parts; for few into many; where rows are short one launch is enough."""
-    # phi is read once a block of tokens: more columns of phi call for larger blocks, and shorter rows then.
+    # phi is read once a block of tokens: more columns of phi call for larger blocks, and shorter rows then. More than
+    # 256 columns, of 16 streams, take all of a multiprocessor's shared memory, and more, at 128 tokens.
     split = Config(
-        "split", 128, min(max(width, 16), 64 if n <= 4 else 16), 8, 4 if n <= 4 else 3 if n <= 8 else 2,
-        _parts(tokens, 128, 512 if n <= 4 else 256),
+        "split", 128 if n <= 15 else 64, min(max(width, 16), 64 if n <= 4 else 16), 8,
+        4 if n <= 4 else 3 if n <= 8 else 2, _parts(tokens, 128, 512 if n <= 4 else 256),
     )  # fmt: skip
     block = 32 if n <= 4 else 16
     whole = Config("whole", block, min(max(width, 16), 64 if n <= 2 else 32 if n <= 8 else 16), 4)
-    few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32), 8 if n <= 4 else 4, parts=64)
+    few = Config("few", 16, min(max(width, 16), 64 if n <= 4 else 32 if n <= 15 else 16), 8 if n <= 4 else 4, parts=64)
     chosen = whole if width < 256 else few if tokens <= 64 else split
     return [dataclasses.replace(chosen, name="default"), whole, split, few]
 
@@ -235,6 +236,11 @@ def _names(kernel: str) -> list[str]:
 def power_of_two(size: int) -> int:
     """The next power of two."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def padded(columns: int) -> int:
+    """Columns of a tile that is given to `tl.dot`."""
+    return max(16, power_of_two(columns))
 
 
 def precision() -> str:

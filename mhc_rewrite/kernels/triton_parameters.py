@@ -2,7 +2,8 @@
 
     g_phi = X'^T g_product    g_bias = sum_tokens g_s    g_alpha = sum_tokens,columns g_s raw
 
-A block is `WIDTH` elements of C of all streams and `KB` columns; one more block is alpha and bias. X' is read, or made
+A block is `WIDTH` elements of C of all streams and `KB` columns; one more block is alpha and bias, or none where their
+gradients are made elsewhere. X' is read, or made
 again from X, y, H_post and H_res. The tokens are cut into parts, one program each: a program writes its sums to memory
 and counts itself at its block; the one that finds all others there adds the sums of all parts, in their order. So the
 bits do not depend on who came last. With ATOMIC the programs add to the gradients in whatever order they come.
@@ -12,31 +13,33 @@ What is read: g_product, g_s and raw, and X' once (from memory; more columns tha
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mhc_rewrite.kernels.kinds import KINDS, streams_of
 from mhc_rewrite.kernels.triton_coefficients import tanh
-from mhc_rewrite.kernels.triton_configs import Launch, choose, power_of_two, precision
+from mhc_rewrite.kernels.triton_configs import Config, Launch, choose, padded, power_of_two, precision
 from mhc_rewrite.kernels.triton_streams import add_product, as_stored
 
 
 @triton.jit
 def _parameters_kernel(
     X, y, h_post, h_res, raw, g_s, g_product, phi_parts, bias_parts, arrivals, g_phi, g_alpha, g_bias, T, C, BLOCKS,
-    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
-    KB: tl.constexpr, CONSTRAINED: tl.constexpr, ATOMIC: tl.constexpr,
+    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, KB: tl.constexpr, ALPHA_AND_BIAS: tl.constexpr, CONSTRAINED: tl.constexpr, ATOMIC: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1) * BLOCKS * TOKENS
     last = tl.minimum(first + BLOCKS * TOKENS, T)
-    if tl.program_id(0) < tl.num_programs(0) - 1:
+    if tl.program_id(0) < tl.num_programs(0) - ALPHA_AND_BIAS:
         _phi_gradient(
             X, y, h_post, h_res, g_product, phi_parts, arrivals, g_phi, first, last, C,
-            MIX, M, S, SP, N, KP, KB, ATOMIC, TOKENS, WIDTH, PRECISION,
+            MIX, M, S, SP, N, K, KP, KB, ATOMIC, TOKENS, WIDTH, PRECISION,
         )  # fmt: skip
-    else:
+    elif ALPHA_AND_BIAS:
         _alpha_and_bias_gradients(
             raw, g_s, bias_parts, arrivals, g_alpha, g_bias, first, last, N, KP, CONSTRAINED, ATOMIC, TOKENS
         )
@@ -45,10 +48,10 @@ def _parameters_kernel(
 @triton.jit
 def _phi_gradient(
     X, y, h_post, h_res, g_product, phi_parts, arrivals, g_phi, first, last, C,
-    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
-    KB: tl.constexpr, ATOMIC: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    MIX: tl.constexpr, M: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, KB: tl.constexpr, ATOMIC: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = N * N + 2 * N
     EXACT: tl.constexpr = X.dtype.element_ty == tl.bfloat16 and y.dtype.element_ty == tl.bfloat16
     block = tl.program_id(0)
     parts = tl.num_programs(1)
@@ -150,49 +153,58 @@ def is_last(counter, parts):
     return tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
 
 
-def blocks(n: int, columns: int, width: int, tokens: int, mix: bool) -> int:
-    """How many counters the launch needs, all zero."""
-    config = choose(_name(mix), n, width, tokens)
-    return triton.cdiv(width, config.width) * (_padded(columns) // _block_of_columns(columns)) + 1
+def blocks(config: Config, columns: int, width: int) -> int:
+    """Blocks of phi. The launch needs a counter for each, and one for alpha and bias, all zero."""
+    return triton.cdiv(width, config.width) * (padded(columns) // _block_of_columns(columns))
+
+
+def config_of(mix: bool, n: int, width: int, tokens: int) -> Config:
+    return choose("boundary_parameters" if mix else "pre_parameters", n, width, tokens)
+
+
+class Summed(NamedTuple):
+    """What the gradients of alpha and bias are made of, and where they go."""
+
+    raw: Tensor
+    g_s: Tensor
+    g_alpha: Tensor
+    g_bias: Tensor
+    kind: str
 
 
 def parameters_launch(
-    X: Tensor, mix: tuple[Tensor, Tensor, Tensor] | None, raw: Tensor, g_s: Tensor, g_product: Tensor, arrivals: Tensor,
-    gradients: tuple[Tensor, ...], kind: str, atomic: bool,
+    X: Tensor, mix: tuple[Tensor, Tensor, Tensor] | None, g_product: Tensor, arrivals: Tensor, g_phi: Tensor,
+    summed: Summed | None, config: Config, atomic: bool,
 ) -> Launch:  # fmt: skip
-    """Gradients of phi, alpha and bias; zero before where `atomic`. `mix`: y, H_post and H_res, or None for `pre`."""
-    (tokens, given, width), columns = X.shape, raw.shape[1]
-    n = streams_of(columns)
-    streams = given if mix is None else n
-    config = choose(_name(mix is not None), n, width, tokens)
-    count = blocks(n, columns, width, tokens, mix is not None)
+    """Gradients of phi and, if there is a `summed`, of alpha and bias; zero before where `atomic`.
+
+    `mix`: y, H_post and H_res, or None where X is the state.
+    """
+    (tokens, given, width), columns = X.shape, g_product.shape[1]
+    y, h_post, h_res = mix or (X, X, X)
+    streams = given if mix is None else h_post.shape[1]
+    count = blocks(config, columns, width) + (summed is not None)
     of_tokens = triton.cdiv(tokens, config.tokens)
     of_part = triton.cdiv(of_tokens, max(1, config.parts // count))
     parts = triton.cdiv(of_tokens, of_part)
-    g_phi, g_alpha, g_bias = gradients
-    y, h_post, h_res = mix or (X, X, X)
+    # Without a `summed` g_product and g_phi stand in, untouched.
+    raw, g_s, g_alpha, g_bias = (g_product, g_product, g_phi, g_phi) if summed is None else summed[:4]
     arguments = {
         "X": X, "y": y, "h_post": h_post, "h_res": h_res, "raw": raw, "g_s": g_s, "g_product": g_product,
         "phi_parts": g_phi if atomic else g_phi.new_empty((parts, *g_phi.shape)),
-        "bias_parts": g_bias if atomic else g_bias.new_empty((parts, 2, columns)),
+        "bias_parts": g_bias if atomic or summed is None else g_bias.new_empty((parts, 2, columns)),
         "arrivals": arrivals, "g_phi": g_phi, "g_alpha": g_alpha, "g_bias": g_bias,
         "T": tokens, "C": width, "BLOCKS": of_part,
     }  # fmt: skip
     constants = {
-        "MIX": mix is not None, "M": given, "S": streams, "SP": power_of_two(streams), "N": n,
-        "KP": _padded(columns), "KB": _block_of_columns(columns), "CONSTRAINED": KINDS[kind].constrained,
+        "MIX": mix is not None, "M": given, "S": streams, "SP": power_of_two(streams),
+        "N": streams if summed is None else streams_of(columns), "K": columns, "KP": padded(columns),
+        "KB": _block_of_columns(columns), "ALPHA_AND_BIAS": int(summed is not None),
+        "CONSTRAINED": summed is None or KINDS[summed.kind].constrained,
         "ATOMIC": atomic, "TOKENS": config.tokens, "WIDTH": config.width, "PRECISION": precision(),
     }  # fmt: skip
     return Launch(_parameters_kernel, (count, parts), arguments, constants, config)
 
 
-def _name(mix: bool) -> str:
-    return "boundary_parameters" if mix else "pre_parameters"
-
-
-def _padded(columns: int) -> int:
-    return max(16, power_of_two(columns))
-
-
 def _block_of_columns(columns: int) -> int:
-    return min(_padded(columns), 128)
+    return min(padded(columns), 128)

@@ -3,7 +3,8 @@
 Forward: every element of X and y is read once and every element of X' written once, (n + 1)C and nC a token.
 Backward: the gradients of all four operands in one launch, (2n + 1)C read and (n + 1)C written.
 Tokens count from the first of a program's block: what lies within a block is addressed in int32, which saves registers.
-H_res may be rectangular, (rows, columns): one column after an expansion, one row together with the collapse.
+H_res may be rectangular, (rows, columns): one column after an expansion, one row together with the collapse. One row
+and no y make what a block reads: u = sum_j H_pre[j] X[j].
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from mhc_rewrite.kernels.triton_streams import load_streams, mixed
 @triton.jit
 def _post_forward_kernel(
     X, y, h_post, h_res, out, T, C,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    BRANCH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Without BRANCH there are no y and H_post."""
     first = tl.program_id(0).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -32,13 +34,17 @@ def _post_forward_kernel(
     h_res += first * ROWS * COLUMNS
     out += first * ROWS * C
     mask = real[:, None] & (c < C)[None, :]
-    branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BRANCH:
+        branch = tl.load(y + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     streams = ()
     for j in tl.static_range(COLUMNS):
         rows = (t * COLUMNS * C)[:, None] + c[None, :] + j * C
         streams = streams + (tl.load(X + rows, mask=mask, other=0.0).to(tl.float32),)
     for i in tl.static_range(ROWS):
-        mixed = tl.load(h_post + t * ROWS + i, mask=real, other=0.0)[:, None] * branch
+        if BRANCH:
+            mixed = tl.load(h_post + t * ROWS + i, mask=real, other=0.0)[:, None] * branch
+        else:
+            mixed = tl.zeros((TOKENS, WIDTH), tl.float32)
         for j in tl.static_range(COLUMNS):
             weight = tl.load(h_res + (t * ROWS + i) * COLUMNS + j, mask=real, other=0.0)
             mixed += weight[:, None] * streams[j]
@@ -128,16 +134,22 @@ def post_backward(
     return gradients
 
 
-def post_launch(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, out: Tensor) -> Launch:
+def post_launch(X: Tensor, y: Tensor | None, h_post: Tensor | None, h_res: Tensor, out: Tensor) -> Launch:
+    """Without y and H_post only the streams are mixed."""
     (tokens, columns, width), rows = X.shape, h_res.shape[1]
     config = choose("post", max(rows, columns), width, tokens)
     return Launch(
         _post_forward_kernel,
         (triton.cdiv(tokens, config.tokens), triton.cdiv(width, config.width)),
-        {"X": X, "y": y, "h_post": h_post, "h_res": h_res, "out": out, "T": tokens, "C": width},
-        {"COLUMNS": columns, "ROWS": rows, "TOKENS": config.tokens, "WIDTH": config.width},
+        {
+            "X": X, "y": X if y is None else y, "h_post": h_res if h_post is None else h_post, "h_res": h_res,
+            "out": out, "T": tokens, "C": width,
+        },
+        {
+            "BRANCH": y is not None, "COLUMNS": columns, "ROWS": rows, "TOKENS": config.tokens, "WIDTH": config.width,
+        },
         config,
-    )
+    )  # fmt: skip
 
 
 def post_backward_launch(

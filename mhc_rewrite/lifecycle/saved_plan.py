@@ -225,9 +225,9 @@ def check_same_sites(model: nn.Module, conversion: Conversion, saved: SavedPlan)
             f"The saved sites are not those of this {type(model).__name__}: it {' and '.join(said)}. Load them into "
             "the original, or into a conversion with the same include and exclude."
         )
-    branches = {site.name: site.branch for site in saved.plan.sites}
+    planned = {site.name: site for site in saved.plan.sites}
     for site in conversion.plan.sites:
-        then = branches.get(site.name, site.branch)
+        then = planned.get(site.name, site).branch
         # A site's name counts the adds of its module: with an add more before it, it would be another's.
         if then != site.branch and then in dict(model.get_submodule(site.carrier).named_modules()):
             raise SitesError(
@@ -236,7 +236,8 @@ def check_same_sites(model: nn.Module, conversion: Conversion, saved: SavedPlan)
             )
     for name, own in here.items():
         mine = {**own.options(), "width": own.width}
-        theirs = {**saved.plan.config.function(), "channel_dim": there[name].channel_dim, "width": there[name].width}
+        config = replace(saved.plan.config, n_streams=saved.plan.streams_at(planned[name]))
+        theirs = {**config.function(), "channel_dim": there[name].channel_dim, "width": there[name].width}
         other = [key for key in theirs if theirs[key] != mine[key]]
         if other:
             raise SitesError(

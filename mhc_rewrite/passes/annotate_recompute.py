@@ -89,13 +89,13 @@ def annotate_recompute(graph_module: fx.GraphModule, example_inputs: Any = None,
 
 
 def _streams(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The sites, `pre` or `boundary`, stream by stream in execution order."""
+    """The sites, `pre` or `boundary`, stream by stream in execution order; anew where the number of streams changes."""
     streams: list[list[fx.Node]] = []
     for node in graph.nodes:
         if node.target in _PHI:
             before = _site_before(node)
             mine = next((sites for sites in streams if sites[-1] is before), None)
-            if mine is None:
+            if mine is None or _streams_at(mine[0]) != _streams_at(node):
                 streams.append([node])
             else:
                 mine.append(node)

@@ -6,7 +6,8 @@ Before (one site)                          After
                                                Y = mhc_0.post(X, a, mix)
 
 with `X = expand(x)` before the stream's first site and `y = collapse(Y)` after its last one. Everything else that reads
-the trunk reads the mean of the streams; what reads its shape or dtype alone reads one stream's.
+the trunk reads the mean of the streams; what reads its shape or dtype alone reads one stream's. Where sites have their
+own n, a site resizes the streams where it reads them.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SiteTarget:
-    """What becomes of one add: the site module's path from the carrier (None: a plain residual), and its stream."""
+    """What becomes of one add: the site module's path from the carrier (None: a plain residual), and its stream.
+
+    `n` is the site's number of streams, where they have several.
+    """
 
     path: str | None
     stream: int
+    n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def expand_streams(
     residuals: Residuals,
     targets: Mapping[SiteKey, SiteTarget],
     *,
-    n: int,
+    n: int | None,
     collapse: str,
     arriving: frozenset[int],
     leaving: frozenset[int],
@@ -95,7 +100,7 @@ def expand_streams(
     Args:
         captured, residuals: the forward and what was found in it; neither is changed.
         targets: the adds to rewrite; others stay.
-        n: expansion rate.
+        n: expansion rate; None where every site has its own.
         collapse: "mean" or "sum".
         arriving: streams that come in as streams; others are expanded before their first site here.
         leaving: streams that go out as streams; others are collapsed after their last site here.
@@ -131,12 +136,14 @@ def _runs(
 
 class _Writer:
     def __init__(
-        self, captured: ModuleGraph, runs: list[_Run], targets: Mapping[SiteKey, SiteTarget], n: int, collapse: str
-    ) -> None:
+        self, captured: ModuleGraph, runs: list[_Run], targets: Mapping[SiteKey, SiteTarget], n: int | None,
+        collapse: str,
+    ) -> None:  # fmt: skip
         self.captured, self.runs, self.targets, self.n, self.collapse = captured, runs, targets, n, collapse
         self.graph = fx.Graph()
         self.plain: dict[fx.Node, fx.Node] = {}  # node of the old graph -> its value, as in the original
         self.wide: dict[fx.Node, fx.Node] = {}  # trunk node of the old graph -> its streams
+        self.numbers: dict[fx.Node, int | None] = {}  # how many they are, as far as it is known here
         self.means: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[fx.Node, fx.Node] = {}  # site's add -> what its branch reads
         self.mixes: dict[fx.Node, fx.Node] = {}
@@ -159,19 +166,21 @@ class _Writer:
             if node.op == "output":
                 self._output(node)
             elif node in arriving:
-                self._widen(node, arriving[node], self._mark(self.graph.node_copy(node), "trunk", arriving[node], node))
+                # Where sites have their own n, what comes in is as many streams as the carrier before had.
+                self._widen(node, arriving[node], self.graph.node_copy(node), "trunk", self.n)
             elif node in self.site_at:
                 self._post(*self.site_at[node])
             elif node in self.lift_at:
                 run, lift = self.lift_at[node]
                 lifted = lifting.write(self.graph, lift, self.wide[lift.trunk], self._reader(node), run.channel_dim)
-                self._widen(node, run, self._mark(lifted, "trunk", run, node))
+                self._widen(node, run, lifted, "trunk", self.numbers[lift.trunk])
             elif node not in self.absorbed and not node.meta.get("guard") and not _is_result(node):
                 self.plain[node] = self.graph.node_copy(node, self._reader(node))
             if node in entering and node not in self.wide:
                 run = entering[node]
-                expanded = self.graph.call_function(streams.expand, (self.plain[node], self.n, run.channel_dim))
-                self._widen(node, run, self._mark(expanded, "expand", run, node))
+                n = self.n or 1  # one stream stands for as many equal ones as the first site has
+                expanded = self.graph.call_function(streams.expand, (self.plain[node], n, run.channel_dim))
+                self._widen(node, run, expanded, "expand", n)
         self.graph.eliminate_dead_code(is_impure_node=has_effects)
         self.graph.lint()
         log.debug(
@@ -182,16 +191,18 @@ class _Writer:
         outgoing = tuple(run.stream for run in self.runs if run.leaves or run.ends)
         return Rewrite(self.graph, outgoing, frozenset(run.stream for run in self.runs if run.ends))
 
-    def _widen(self, node: fx.Node, run: _Run, wide: fx.Node) -> None:
+    def _widen(self, node: fx.Node, run: _Run, wide: fx.Node, role: str, n: int | None) -> None:
         """Notes the streams of a trunk node and makes what the sites that read it need."""
-        self.wide[node], self.run_of[node] = wide, run
+        self._mark(wide, role, run, node, n)
+        self.wide[node], self.run_of[node], self.numbers[node] = wide, run, n
         for site in self.readers.get(node, []):
             target = self.targets[site.key]
             if target.path is None:
                 self.inputs[site.add] = self._mean(node)
                 continue
             module = self.graph.get_attr(target.path)
-            pre = self._mark(self.graph.call_method("pre", (module, wide)), "pre", None, site.add)
+            self._resize(node, run, target.n or self.n)
+            pre = self._mark(self.graph.call_method("pre", (module, self.wide[node])), "pre", None, site.add)
             self.inputs[site.add] = self.graph.call_function(operator.getitem, (pre, 0))
             self.inputs[site.add].meta.update(shape=node.meta["shape"], dtype=node.meta["dtype"])
             self.mixes[site.add] = self.graph.call_function(operator.getitem, (pre, 1))
@@ -203,25 +214,30 @@ class _Writer:
             value = reader(term)
             value = value if factor == 1 else self.graph.call_function(operator.mul, (value, factor))
             branch = value if branch is None else self.graph.call_function(operator.add, (branch, value))
-        state = self.wide[site.chain[0]]
+        target, trunk = self.targets[site.key], site.chain[0]
+        n = self.numbers[trunk] if target.path is None else target.n or self.n
+        state = self.wide[trunk]
         if site.scale != 1:
             state = self.graph.call_function(operator.mul, (state, site.scale))
-        path = self.targets[site.key].path
-        if path is None:
+        if target.path is None:
             wide = self.graph.call_function(streams.plain_add, (state, branch, run.channel_dim))
         else:
             mix = self.mixes[site.add]
-            if site.chain[0].meta["shape"] != site.read.meta["shape"]:
+            if trunk.meta["shape"] != site.read.meta["shape"]:
                 mix = self.graph.call_function(streams.in_layout_of, (mix, state, run.channel_dim))
-            wide = self.graph.call_method("post", (self.graph.get_attr(path), state, branch, mix))
-        self._mark(wide, "post", run, site.add)
+            wide = self.graph.call_method("post", (self.graph.get_attr(target.path), state, branch, mix))
         if site is run.sites[-1] and not run.leaves:
-            self.wide[site.add] = wide
+            self._mark(wide, "post", run, site.add, n)
             end = self.graph.call_function(streams.collapse, (wide, run.channel_dim, self.collapse))
             self.plain[site.add] = self._mark(end, "collapse", None, site.add)
-            del self.wide[site.add]
         else:
-            self._widen(site.add, run, wide)
+            self._widen(site.add, run, wide, "post", n)
+
+    def _resize(self, node: fx.Node, run: _Run, n: int | None) -> None:
+        """Makes the streams of a trunk node as many as a site has that reads them; from here on they are so many."""
+        if self.numbers[node] not in (1, n):  # one stream stands for any number of equal ones
+            sized = self.graph.call_function(streams.resized, (self.wide[node], n, run.channel_dim))
+            self.wide[node], self.numbers[node] = self._mark(sized, "resize", run, node, n), n
 
     def _reader(self, consumer: fx.Node) -> Any:
         """How `consumer` reads nodes of the old graph."""
@@ -264,12 +280,12 @@ class _Writer:
         result = fx.node.map_arg(node.args[0], rebuild)
         self.graph.output((result, tuple(read(sinks[run]) for run in outgoing)))
 
-    def _mark(self, new: fx.Node, role: str, run: _Run | None, old: fx.Node) -> fx.Node:
+    def _mark(self, new: fx.Node, role: str, run: _Run | None, old: fx.Node, n: int | None = None) -> fx.Node:
         new.meta.update(role=role, source=old.meta.get("source"), dtype=old.meta.get("dtype"))
         shape = old.meta.get("shape")
-        if run is not None and shape is not None:
+        if run is not None and shape is not None and n is not None:
             at = len(shape) - 1 if run.channel_dim == -1 else 1
-            new.meta["shape"] = (*shape[:at], self.n, *shape[at:])
+            new.meta["shape"] = (*shape[:at], n, *shape[at:])
         elif role in ("collapse", ""):
             new.meta["shape"] = shape
         else:

@@ -91,7 +91,7 @@ class HyperConnection(KeepsPrecision):
         self.reset_parameters()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return CONNECTIONS[self.config.connection].shapes(self.config.n_streams, self.width)
+        return CONNECTIONS[self.config.connection].shapes(self.config.n, self.width)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -106,7 +106,7 @@ class HyperConnection(KeepsPrecision):
             name: torch.empty(shape, **form) if mine[name] is None or _is_sharded(mine[name]) else mine[name]
             for name, shape in self._shapes().items()
         }
-        start(made["phi"], made["alpha"], made["bias"], self.config.n_streams, self.index)
+        start(made["phi"], made["alpha"], made["bias"], self.config.n, self.index)
         for name, value in made.items():
             p = mine[name]
             if p is not None and value is not p and not p.is_meta:
@@ -216,16 +216,16 @@ class HyperConnection(KeepsPrecision):
         dtype = torch.promote_types(torch.promote_types(streams, self.bias.dtype), torch.float32)
         phi, alpha, kind = self.phi, self.alpha, config.connection
         if not config.dynamic:
-            phi, alpha = self.bias.new_empty(config.n_streams * self.width, 0), self.bias.new_zeros(3)
+            phi, alpha = self.bias.new_empty(config.n * self.width, 0), self.bias.new_zeros(3)
             kind = static(kind)
         elif connection.projection is not None:
-            phi = connection.projection(phi, config.n_streams)
+            phi = connection.projection(phi, config.n)
         operands = (self._learning(operand.to(dtype)) for operand in (phi, alpha, self.bias))
         return *operands, kind, config.sinkhorn_iterations, config.eps_norm
 
     def _learning(self, operand: Tensor) -> Tensor:
         """The operand, whose columns of mappings that are not to learn hand no gradient on."""
-        learn, n, columns = self.config.learn, self.config.n_streams, operand.shape[-1]
+        learn, n, columns = self.config.learn, self.config.n, operand.shape[-1]
         if len(learn) == len(MAPPINGS) or columns == 0:
             return operand
         parts = operand.split([1, 1, 1] if columns == len(MAPPINGS) else [n, n, columns - 2 * n], dim=-1)
@@ -246,4 +246,4 @@ class HyperConnection(KeepsPrecision):
         return u if self.channel_dim == -1 else u.movedim(-1, 1)
 
     def extra_repr(self) -> str:
-        return f"{self.config.connection}, n_streams={self.config.n_streams}, width={self.width}, index={self.index}"
+        return f"{self.config.connection}, n_streams={self.config.n}, width={self.width}, index={self.index}"

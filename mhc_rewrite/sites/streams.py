@@ -6,12 +6,16 @@ A trunk tensor with C on `channel_dim` becomes streams with n on the axis before
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mhc_rewrite.connections.base import first_group
+from mhc_rewrite.torch_private import constant_while_tracing
 
 
 def stream_dim(channel_dim: int) -> int:
@@ -26,6 +30,56 @@ def expand(x: Tensor, n: int, channel_dim: int) -> Tensor:
     sizes = [-1] * streams.dim()
     sizes[dim] = n
     return streams.expand(sizes)
+
+
+def resized(streams: Tensor, n: int, channel_dim: int) -> Tensor:
+    """n streams of another number of them, with the same mean. One stream, which stands for equal ones, stays one.
+
+    Every new stream is a weighted mean of old ones, as `shares` says.
+    """
+    dim = stream_dim(channel_dim)
+    if streams.shape[dim] == n or streams.shape[dim] == 1:
+        return streams
+    # Weights rounded to bf16 would move the mean.
+    dtype = torch.promote_types(streams.dtype, torch.float32)
+    parts = streams.to(dtype).unbind(dim)
+    made = []
+    for row in _shares(len(parts), n):
+        first, *more = [part if share == 1 else part * share for part, share in zip(parts, row, strict=True) if share]
+        made.append(sum(more, first))
+    return torch.stack(made, dim).to(streams.dtype)
+
+
+@constant_while_tracing
+def _shares(before: int, n: int) -> tuple[tuple[float, ...], ...]:
+    return shares(before, n)
+
+
+@functools.cache
+def shares(before: int, n: int) -> tuple[tuple[float, ...], ...]:
+    """The (n, before) matrix that makes n streams: not negative, rows sum to 1, columns to n / before.
+
+    So it keeps the mean, makes equal streams of equal ones, and no stream larger than the largest. "preserve" needs
+    more: where the streams of each of its two groups are equal, so are the new streams of each group, or a site would
+    not read the mean. Every old stream has the mass n and every new one `before`; what the groups have in common stays
+    in its group, the rest of the larger one goes to the other, and within two groups masses are laid along each other
+    in order. Where both numbers are even and one divides the other, this repeats streams, or averages neighbours.
+    """
+    old, new = (
+        ((0, first_group(number)), (first_group(number), number - first_group(number))) for number in (before, n)
+    )
+    matrix = [[0.0] * before for _ in range(n)]
+    masses = [size * n for _, size in old], [size * before for _, size in new]
+    stays = [min(have, need) for have, need in zip(*masses)]
+    for g, (from_, size) in enumerate(old):
+        for h, (to, number) in enumerate(new):
+            mass = stays[g] if g == h else min(masses[0][g] - stays[g], masses[1][h] - stays[h])
+            for j in range(size):
+                for i in range(number):
+                    common = min((j + 1) * number, (i + 1) * size) - max(j * number, i * size)
+                    if mass and common > 0:
+                        matrix[to + i][from_ + j] = mass * common / (size * number * before)
+    return tuple(map(tuple, matrix))
 
 
 def collapse(streams: Tensor, channel_dim: int, how: str) -> Tensor:

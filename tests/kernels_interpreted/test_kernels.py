@@ -12,14 +12,14 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from truth import BF16, CLOSE, F16, F32, assert_close, branch, gaussian, gradients, leaves
 
 from mhc_rewrite.kernels import reference, triton_boundary, triton_configs, triton_post
 from mhc_rewrite.kernels.kinds import KINDS
 from mhc_rewrite.kernels.triton_boundary_backward import boundary_backward, pre_backward
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 WHOLE_GRID = os.environ.get("MHC_WHOLE_GRID") == "1"
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-CLOSE = {F32: 1e-5, BF16: 2e-2, F16: 2e-2}
 # (rows or n, columns or streams given): square, just expanded, and together with the collapse
 FORMS = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (16, 16), (4, 1), (1, 4)]
 WIDTHS = (1, 7, 64, 100, 129, 768)
@@ -50,46 +50,10 @@ def grid(forms: list[tuple[int, int]], dtypes: list[tuple[torch.dtype, torch.dty
     return cases
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty buffers hold NaN, integers a large number: what a kernel does not write shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else 12345)
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda t, *args, **kw: poison(new_empty(t, *args, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda t: poison(torch.zeros_like(t)))
-
-
-def gaussian(*shape: int, seed: int, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], close: float) -> None:
-    assert len(got) == len(want)
-    for place, (mine, truth) in enumerate(zip(got, want)):
-        assert mine.shape == truth.shape and mine.isfinite().all(), place
-        assert (mine.double() - truth).norm() <= close * truth.norm(), place
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.double().requires_grad_() for tensor in tensors]
-
-
-def branch(tokens: int, rows: int, columns: int, width: int, dtype: torch.dtype, y_dtype: torch.dtype) -> list[Tensor]:
-    sizes = ((tokens, columns, width), (tokens, width), (tokens, rows), (tokens, rows, columns))
-    return [gaussian(*s, seed=k, dtype=d) for k, (s, d) in enumerate(zip(sizes, (dtype, y_dtype, F32, F32)))]
-
-
 def parameters(n: int, streams: int, width: int) -> list[Tensor]:
     columns = n * n + 2 * n
     phi = gaussian(streams * width, columns, seed=5) / (streams * width) ** 0.5
     return [phi, torch.tensor([0.7, -0.4, 1.3]), gaussian(columns, seed=6)]
-
-
-def gradients(*outputs: Tensor) -> list[Tensor]:
-    return [gaussian(*out.shape, seed=20 + k, dtype=out.dtype) for k, out in enumerate(outputs)]
 
 
 @pytest.mark.parametrize("rows,columns,width,tokens,dtype,y_dtype,kind", grid(FORMS, PAIRS))

@@ -12,7 +12,7 @@
 namespace {
 
 struct Site {
-  int64_t n, K, KP;
+  int64_t n, K;
   bool constrained, transposed;
   float eps;  // of the kind, see kinds.py
   int64_t iterations;

@@ -33,7 +33,7 @@ void project_columns(const float* x, const float* phi, int64_t KP, int64_t count
 
 // Rows of x lie CHUNK apart.
 template <int TOKENS>
-void project(const float* x, const float* phi, int64_t KP, int64_t count, float* product, Ahead& ahead) {
+void project_chunk(const float* x, const float* phi, int64_t KP, int64_t count, float* product, Ahead& ahead) {
   int64_t k = 0;
   for (; k + 3 * LANES <= KP; k += 3 * LANES)
     project_columns<TOKENS, 3>(x, phi + k, KP, count, product + k, ahead);

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mhc_rewrite.insight.experiments.base import SITE_LR, Experiment, Findings, Job, Result
+from mhc_rewrite.insight.experiments.base import Experiment, Findings, Job, Result
 from mhc_rewrite.insight.experiments.pictures import means
 from mhc_rewrite.insight.experiments.reading import by_part, by_variant, facts, gain, less_residual, loss
 
@@ -26,9 +26,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
                 )  # fmt: skip
                 jobs.append(plain)
                 jobs += [
-                    dataclasses.replace(
-                        plain, variant=f"{name}, lr {rate:g}", init="preserve", connection=name, site_lr=SITE_LR
-                    )
+                    dataclasses.replace(plain, variant=f"{name}, lr {rate:g}", init="preserve", connection=name)
                     for name in _CONNECTIONS
                 ]
     return sorted(jobs, key=lambda job: (job.seed, job.layers, job.lr))

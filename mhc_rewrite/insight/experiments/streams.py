@@ -19,7 +19,8 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
         plain = small("n = 1", seed, scale)
         jobs += residuals(plain)
         jobs += [
-            dataclasses.replace(plain, variant=f"n = {n}", init="preserve", streams=n, site_lr=SITE_LR)
+            dataclasses.replace(plain, variant=f"n = {n}, site lr x {rate:g}", init="preserve", streams=n, site_lr=rate)
+            for rate in (1.0, SITE_LR)
             for n in _STREAMS
         ]
     return jobs

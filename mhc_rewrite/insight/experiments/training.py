@@ -215,7 +215,7 @@ def _gradients(model: nn.Module) -> dict[str, float]:
     total = {"pre": 0.0, "post": 0.0, "res": 0.0}
     for site in sites_of(model):
         if site.bias.grad is not None:
-            n = site.config.n_streams
+            n = site.config.n
             for name, part in zip(total, site.bias.grad.tensor_split([n, 2 * n])):
                 total[name] += float(part.square().sum())
     return {name: short(math.sqrt(square)) for name, square in total.items()}

@@ -64,8 +64,8 @@ def residual_of(job: Job, longer: float = 1.0) -> Job:
 # the time of a slower step lies between two of these, each with a whole schedule of its own.
 LONGER = (1.0, 1.5, 2.0, 3.0)
 
-# Where variants of sites are compared with each other, they learn at so many times the model's own rate: at the same one
-# they hardly leave their start in runs of this length, and all end alike (`streams` and `upcycle` have both).
+# Where variants of sites are compared with each other, they learn at so many times the model's own rate: at the same
+# one they hardly leave their start in runs of this length, and all end alike (`streams` and `upcycle` have both).
 SITE_LR = 10.0
 
 

@@ -29,7 +29,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(), differences,
+        loss_less_residual, differences,
         curves("columns' sums off 1 by, 99 % of tokens", lambda look: max(look.errors["column 99%"], 1e-8)),
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from mhc_rewrite.insight.experiments.base import (
     step_of,
 )
 from mhc_rewrite.insight.experiments.measures import composite, errors, gains, matrices, quantiles, sites_of, states
-from mhc_rewrite.insight.experiments.reading import COMPARED, at_equal_time, by_variant, facts
+from mhc_rewrite.insight.experiments.reading import COMPARED, at_equal_time, by_variant, even_at, facts
 from mhc_rewrite.insight.experiments.timing import in_turn, time_in_turn
 from mhc_rewrite.insight.experiments.training import LOOKS, Decoder, batches, convert, text, train
 from mhc_rewrite.printing import as_text
@@ -312,7 +312,23 @@ def test_at_equal_time(ratio: float, difference: float, reached: bool) -> None:
     table = by_variant(COMPARED)(findings)[0]
     assert table[-1][:3] == ["preserve", "1.9000 ± nan", "-0.1000 ± nan"]
     assert table[-1][4].startswith("over ") is not reached
-    assert by_variant(COMPARED)(Findings(findings.results))[0][-1][3:] == ["-", "-"]  # where no times were taken
+    assert table[-1][5] == "1.50 ± nan" and table[0][5] == "even at" and table[1][5] == "-"
+    untimed = by_variant(COMPARED)(Findings(findings.results))[0][-1]
+    assert untimed[3:5] == ["-", "-"] and untimed[5] == "1.50 ± nan"
+
+
+@pytest.mark.parametrize(
+    ("loss", "time"), [(2.0, 1.0), (1.95, 1.5**0.5), (1.85, 3**0.5), (1.7, 3.0), (2.1, 1 / 1.5), (1.6, 4.5)]
+)
+def test_even_at(loss: float, time: float) -> None:
+    """At the time of a step at which there is no difference at equal time."""
+    mine, findings = compared(1.0)
+    mine = dataclasses.replace(mine, looks=(Look(8, loss),))
+    assert even_at(mine, findings) == pytest.approx(time)
+    if 1 <= time <= 3:
+        found = compared(time)[1]
+        difference = at_equal_time(mine, found)
+        assert difference is not None and difference[0] == pytest.approx(0, abs=1e-9)
 
 
 def test_both_halves_take_time() -> None:
@@ -325,6 +341,7 @@ def test_both_halves_take_time() -> None:
     times = Times((step_of(plain[0]), step_of(other)), (1.0, 1.25), (1.0, 1.25), 3, 0.0, {})
     found = at_equal_time(results[-1], Findings(tuple(results), (times,)))
     assert found is not None and found[0] == pytest.approx(1.6 - 1.9)  # at 1.5 times the steps
+    assert even_at(results[-1], Findings(tuple(results))) == pytest.approx((4.5 + 1) / 2)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

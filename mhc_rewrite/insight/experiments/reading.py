@@ -95,20 +95,42 @@ def time_of(job: Job, findings: Findings) -> float | None:
     return max(1.0, 2 * ratio - 1 if job.converted_first else ratio)
 
 
+def _plain_losses(run: Result, findings: Findings) -> list[tuple[float, float]]:
+    """What plain residuals come to over 1 and more times as many steps; empty for one of these, and without them."""
+    plain = [(longer, found) for longer in LONGER if (found := findings.residual(run.job, longer))]
+    if run.job.init is None or len(plain) < len(LONGER):
+        return []
+    return [(longer, last_loss(found)) for longer, found in plain]
+
+
 def at_equal_time(run: Result, findings: Findings) -> tuple[float, bool] | None:
     """Its loss less that of plain residuals that were trained as long by the clock, and whether the longest was long
     enough; if not, the difference is at least this. Between two lengths of runs the loss is linear in their logarithm.
     """
-    time = time_of(run.job, findings)
-    plain = [(longer, found) for longer in LONGER if (found := findings.residual(run.job, longer))]
-    if run.job.init is None or time is None or len(plain) < len(LONGER):
+    time, reached = time_of(run.job, findings), _plain_losses(run, findings)
+    if time is None or not reached:
         return None
-    reached = [(longer, last_loss(found)) for longer, found in plain]
     if time >= reached[-1][0]:
         return last_loss(run) - reached[-1][1], time == reached[-1][0]
     (a, before), (b, after) = next(pair for pair in itertools.pairwise(reached) if pair[0][0] <= time < pair[1][0])
     share = math.log(time / a) / math.log(b / a)
     return last_loss(run) - (before + share * (after - before)), True
+
+
+def even_at(run: Result, findings: Findings) -> float | None:
+    """Time of a step, in terms of a plain one's, at which it would come to what plain residuals come to by the clock.
+
+    Below 1, and beyond the longest run, by the line through the two lengths next to it.
+    """
+    reached = _plain_losses(run, findings)
+    if not reached:
+        return None
+    lines = list(itertools.pairwise(reached))
+    (a, before), (b, after) = next((line for line in lines if last_loss(run) >= line[1][1]), lines[-1])
+    if not before > after:  # more steps were no use
+        return None
+    time = a * (b / a) ** ((before - last_loss(run)) / (before - after))
+    return (time + 1) / 2 if run.job.converted_first else time
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
@@ -138,6 +160,11 @@ def time_a_step(runs: Sequence[Result], findings: Findings) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
+def even(runs: Sequence[Result], findings: Findings) -> str:
+    found = [value for run in ended(runs) if (value := even_at(run, findings)) is not None]
+    return spread(found, 2) if found else "-"
+
+
 def with_sites(value: Callable[[Result], float], digits: str) -> Column:
     """The mean over seeds, for runs with sites."""
 
@@ -160,10 +187,11 @@ def gain(which: str) -> Column:
     return cell
 
 
-# The four that every comparison has.
+# What every comparison has.
 COMPARED: dict[str, Column] = {
     "held-out loss": loss,
     "less the residual's": less_residual,
     "time a step": time_a_step,
     "at equal time": equal_time,
+    "even at": even,
 }

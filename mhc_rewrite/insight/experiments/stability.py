@@ -49,7 +49,7 @@ def _draw(pyplot: Any, findings: Findings) -> Any:
         "largest norm of the gradient": lambda run: max(look.gradient for look in run.looks[1:]),
         "held-out loss": lambda run: run.looks[-1].held_out,
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.3 * len(panels) + 2, 4), layout="constrained")
     colours = dict(zip(("residual", *_CONNECTIONS), ("grey", "tab:red", "tab:blue", "tab:green")))
     styles = dict(zip(_RATES, ("-", "--", ":")))
     depths = [runs[0].job.layers * 2 for found in parts.values() for runs in [next(iter(found.values()))]]
@@ -64,7 +64,7 @@ def _draw(pyplot: Any, findings: Findings) -> Any:
         axis.grid(alpha=0.3)
         if what != "held-out loss":
             axis.set_yscale("log")
-    axes[-1].legend(fontsize="x-small", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     return figure
 
 

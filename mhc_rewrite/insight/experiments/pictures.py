@@ -92,9 +92,3 @@ def _difference(run: Result, findings: Findings, name: str) -> float | None:
         return at_equal_tokens(run, findings)
     found = at_equal_time(run, findings)
     return None if found is None or not math.isfinite(found[0]) else found[0]
-
-
-def means(runs: Sequence[Result], value: Callable[[Result], float]) -> float:
-    """Over seeds; not a number where none came to its end."""
-    values = [value(run) for run in ended(runs)]
-    return statistics.fmean(values) if values else math.nan

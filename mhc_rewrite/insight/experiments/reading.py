@@ -165,20 +165,30 @@ def even(runs: Sequence[Result], findings: Findings) -> str:
     return spread(found, 2) if found else "-"
 
 
-def with_sites(value: Callable[[Result], float], digits: str) -> Column:
-    """The mean over seeds, for runs with sites."""
+def over_seeds(
+    runs: Sequence[Result], value: Callable[[Result], float], of: Callable[[Sequence[float]], float] = statistics.fmean
+) -> float:
+    """The mean, or another figure of them; not a number where none came to its end."""
+    values = [value(run) for run in ended(runs)]
+    return of(values) if values else math.nan
+
+
+def with_sites(
+    value: Callable[[Result], float], digits: str, of: Callable[[Sequence[float]], float] = statistics.fmean
+) -> Column:
+    """The mean over seeds, or another figure of them, for runs with sites."""
 
     def cell(runs: Sequence[Result], findings: Findings) -> str:
-        there = ended(runs)
-        return "-" if runs[0].job.init is None or not there else f"{statistics.fmean(map(value, there)):{digits}}"
+        there = runs[0].job.init is not None and ended(runs)
+        return f"{over_seeds(runs, value, of):{digits}}" if there else "-"
 
     return cell
 
 
 def gain(which: str) -> Column:
-    """The median over tokens at the end, the mean over seeds, and the 99th percentile likewise."""
-    median = with_sites(lambda run: run.looks[-1].gains[which], ".3g")
-    rare = with_sites(lambda run: run.looks[-1].gains[f"{which} 99%"], ".3g")
+    """The median over tokens at the end, and the 99th percentile; medians over seeds, which may be powers apart."""
+    median = with_sites(lambda run: run.looks[-1].gains[which], ".3g", statistics.median)
+    rare = with_sites(lambda run: run.looks[-1].gains[f"{which} 99%"], ".3g", statistics.median)
 
     def cell(runs: Sequence[Result], findings: Findings) -> str:
         both = median(runs, findings), rare(runs, findings)

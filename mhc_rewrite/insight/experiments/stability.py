@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mhc_rewrite.insight.experiments.base import Experiment, Findings, Job, Result
-from mhc_rewrite.insight.experiments.pictures import means
-from mhc_rewrite.insight.experiments.reading import by_part, by_variant, facts, gain, less_residual, loss
+from mhc_rewrite.insight.experiments.reading import by_part, by_variant, facts, gain, less_residual, loss, over_seeds
 
 _LAYERS = (4, 16, 32)
 _RATES = (1e-3, 4e-3, 16e-3)
@@ -36,17 +36,22 @@ def _sites(job: Job) -> str:
     return f"{2 * job.layers} sites"
 
 
+def _gradient(run: Result) -> float:
+    """The largest after the first look, as the gradients of a start are large by themselves."""
+    return max(look.gradient for look in run.looks[1:])
+
+
 def _largest(runs: Sequence[Result], findings: Findings) -> str:
-    """After the first look, as the gradients of a start are large by themselves."""
-    return f"{means(runs, lambda run: max(look.gradient for look in run.looks[1:])):.3g}"
+    return f"{over_seeds(runs, _gradient, statistics.median):.3g} ({over_seeds(runs, _gradient, max):.3g})"
 
 
 def _draw(pyplot: Any, findings: Findings) -> Any:
+    """Medians over seeds."""
     parts = by_part(findings.results, _sites)
-    panels = {
+    panels: dict[str, Callable[[Result], float]] = {
         "gain of all H_res, forward, 99 % of tokens": lambda run: run.looks[-1].gains.get("forward 99%", 1.0),
         "backward": lambda run: run.looks[-1].gains.get("backward 99%", 1.0),
-        "largest norm of the gradient": lambda run: max(look.gradient for look in run.looks[1:]),
+        "largest norm of the gradient": _gradient,
         "held-out loss": lambda run: run.looks[-1].held_out,
     }
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.3 * len(panels) + 2, 4), layout="constrained")
@@ -56,7 +61,7 @@ def _draw(pyplot: Any, findings: Findings) -> Any:
     for axis, (what, value) in zip(axes, panels.items(), strict=True):
         for variant in dict.fromkeys(variant for found in parts.values() for variant in found):
             job = next(iter(parts.values()))[variant][0].job
-            heights = [means(found[variant], value) for found in parts.values()]
+            heights = [over_seeds(found[variant], value, statistics.median) for found in parts.values()]
             axis.plot(depths, heights, label=variant, color=colours[variant.partition(",")[0]],
                       linestyle=styles[job.lr], marker=".")  # fmt: skip
         axis.set(title=what, xlabel="sites", xscale="log", xticks=depths, xticklabels=depths)
@@ -76,7 +81,7 @@ STABILITY = Experiment(
         {
             "held-out loss": loss,
             "less the residual's": less_residual,
-            "largest gradient": _largest,
+            "largest gradient (of all seeds)": _largest,
             "gain forward": gain("forward"),
             "backward": gain("backward"),
         },

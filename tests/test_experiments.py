@@ -31,6 +31,7 @@ from mhc_rewrite.insight.experiments.base import (
 )
 from mhc_rewrite.insight.experiments.measures import composite, errors, gains, matrices, quantiles, sites_of, states
 from mhc_rewrite.insight.experiments.reading import COMPARED, at_equal_time, by_variant, even_at, facts
+from mhc_rewrite.insight.experiments.run import read
 from mhc_rewrite.insight.experiments.timing import in_turn, time_in_turn
 from mhc_rewrite.insight.experiments.training import LOOKS, Decoder, batches, convert, text, train
 from mhc_rewrite.printing import as_text
@@ -279,6 +280,20 @@ def test_tiny_runs(name: str, tmp_path: Path) -> None:
         if one.init is not None:
             assert looks[-1].moved > 0 or one.connection == "identity"
             assert looks[0].gains.get("backward 99%", 1.0) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_page_shows_the_results_that_are_kept(name: str) -> None:
+    """Of all runs and times that the experiment has by default; whoever takes some again puts them on the page."""
+    experiment, docs = EXPERIMENTS[name], Path(__file__).parent.parent / "docs"
+    results, times = read(docs / "experiments" / f"{name}.jsonl")
+    jobs = experiment.jobs(experiment.seeds, 1.0)
+    assert set(results) == set(jobs) and set(times) == set(experiment.timed(jobs))
+    findings = Findings(tuple(results[one] for one in jobs), tuple(times[one] for one in experiment.timed(jobs)))
+    page = (docs / "experiments.md").read_text(encoding="utf-8")
+    for part in tables(experiment, findings):
+        assert as_text(part).rstrip() in page
+    assert f"(experiments/{name}.svg)" in page and (docs / "experiments" / f"{name}.svg").exists()
 
 
 # -- how it reads ------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def run(experiment: Experiment, file: Path, seeds: int, scale: float, jobs: int,
     """
     wanted = experiment.jobs(seeds, scale)
     groups = experiment.timed(wanted)
-    results, times = _read(file)
+    results, times = read(file)
     count = len(wanted) + len(groups)
 
     def told(last: str) -> None:
@@ -77,7 +77,12 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def _read(file: Path) -> tuple[dict[Job, Result], dict[tuple[Job, ...], Times]]:
+def read(file: Path) -> tuple[dict[Job, Result], dict[tuple[Job, ...], Times]]:
+    """What a file of results has, by what was run.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     if not file.exists():
         return {}, {}
     try:

@@ -5,7 +5,6 @@ from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import Connection, register_connection
 from mhc_rewrite.connections.base import gates
 from mhc_rewrite.conversion.install import is_converted
-from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.lifecycle.optim import modules_to_save, parameter_groups
 from mhc_rewrite.lifecycle.portable import portable
 from mhc_rewrite.lifecycle.sites import load_sites, save_sites, site_parameters
@@ -14,7 +13,6 @@ from mhc_rewrite.sites.hyper_connection import HyperConnection
 from mhc_rewrite.version import VERSION as __version__
 
 __all__ = [
-    "Coefficients",
     "Connection",
     "HyperConnection",
     "MHCConfig",

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mhc_rewrite.config import MHCConfig
+from mhc_rewrite.config import MAPPINGS, MHCConfig
 from mhc_rewrite.printing import (
     PROSE_WIDTH,
     as_text,
@@ -285,7 +285,9 @@ def report_table(report: RewriteReport) -> RenderableType:
 
 def _headline(plan: RewritePlan) -> str:
     config = plan.config
-    how = f"n = {config.streams_as_text()}, {config.connection}, init {config.init}"
+    how = f"n = {config.streams_as_text()}, {config.connection}, init {config.init}" + ", static" * (not config.dynamic)
+    if len(config.learn) < len(MAPPINGS):
+        how += f", of which {' and '.join(f'H_{name}' for name in config.learn)} learn"
     return f"{plan.model}: {_site_count(plan.sites)} in {plural(len(plan.streams), 'stream')} ({how})"
 
 
@@ -327,8 +329,8 @@ def _stream_head(index: int, stream: ResidualStream, init: str, parameters: int 
     if parameters is not None:
         head.append(f", {plural(parameters, 'parameter')} added")
     if len(stream.stretches) > 1:
-        numbers = [f"{sites[0].n_streams} ({plural(len(sites), 'site')})" for sites in stream.stretches]
-        head.append(f"\n  streams along it: {', '.join(numbers)}")
+        numbers = [f"{sites[0].n_streams} at {plural(len(sites), 'site')}" for sites in stream.stretches]
+        head.append(f"\n  n = {', then '.join(numbers)}")
     head.append(f"\n  entry {module_name(stream.entry)}, exit {module_name(stream.exit)}")
     if stream.scope not in (stream.entry, stream.exit):
         head.append(f", within {module_name(stream.scope)}")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from mhc_rewrite.cli.bench import pyplot
 from mhc_rewrite.cli.errors import UsageError
-from mhc_rewrite.insight.experiments import EXPERIMENTS, Experiment, Result, run
-from mhc_rewrite.insight.experiments.base import variants
+from mhc_rewrite.insight.experiments import EXPERIMENTS, Experiment, Findings, run
 from mhc_rewrite.printing import plain_table, plural
 
 Name = Annotated[
@@ -24,9 +23,15 @@ Name = Annotated[
     typer.Argument(metavar="[NAME]", help="Which; without it, the list of them.", show_default=False),
 ]
 Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for NAME.jsonl and NAME.svg.")]
-Seeds = Annotated[int, typer.Option(min=2, help="Runs of each variant.")]
+Seeds = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=2, help="Runs of each variant; as the experiment has it.", show_default=False),
+]
 Scale = Annotated[float, typer.Option(min=0.01, help="Factor for the number of steps of each run.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, of one thread each.")]
+
+# Text as text, and one name for its font.
+_SMALL = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
 
 
 def register(
@@ -38,7 +43,7 @@ def register(
 
     @app.command("experiment")
     def print_experiment(
-        name: Name = None, out: Out = Path("demo-output"), seeds: Seeds = 5, scale: Scale = 1.0, jobs: Jobs = 2
+        name: Name = None, out: Out = Path("demo-output"), seeds: Seeds = None, scale: Scale = 1.0, jobs: Jobs = 2
     ) -> None:
         """Train small models that differ in one thing; goes on where it was stopped."""
         if name is None:
@@ -48,11 +53,14 @@ def register(
             if name not in EXPERIMENTS:
                 raise UsageError(f"There is no experiment {name!r}. There are: {', '.join(EXPERIMENTS)}.")
             experiment, drawn, progress = EXPERIMENTS[name], pyplot("experiment"), _Progress(tell)
-            results = run(experiment, out / f"{name}.jsonl", seeds, scale, jobs, progress)
-            figure = experiment.draw(drawn, results)
-            figure.savefig(out / f"{name}.svg")
+            findings = run(experiment, out / f"{name}.jsonl", seeds or experiment.seeds, scale, jobs, progress)
+            with drawn.rc_context(
+                {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"]}
+            ):  # small, and the same each time
+                figure = experiment.draw(drawn, findings)
+                figure.savefig(out / f"{name}.svg", metadata={"Date": None})
             drawn.close(figure)
-        show(Group(*tables(experiment, results), Text(f"results and picture: {out / name}.jsonl, .svg", style="dim")))
+        show(Group(*tables(experiment, findings), Text(f"results and picture: {out / name}.jsonl, .svg", style="dim")))
 
 
 class _Progress:
@@ -71,28 +79,21 @@ class _Progress:
         self.tell(text)
 
 
-def _list() -> Table:
+def _list() -> RichTable:
     table = plain_table("name", "question")
     for name, experiment in EXPERIMENTS.items():
         table.add_row(name, experiment.question)
     return table
 
 
-def tables(experiment: Experiment, results: Sequence[Result]) -> list[RenderableType]:
-    """A table for the runs from fresh weights and one for those from half-way, below what all have in common."""
-    one, seeds = results[0].job, len({result.job.seed for result in results})
-    facts = (
-        f"decoder over bytes of Python's sources: {one.layers} layers, C = {one.width}, n = {one.streams}; "
-        f"{one.steps} steps of {one.batch} x {one.length}, AdamW, lr {one.lr:g}; "
-        f"{plural(seeds, 'seed')}: mean ± standard deviation"
-    )
-    shown: list[RenderableType] = [Text(experiment.question, style="bold"), Text(facts, style="dim")]
-    found = variants(results)
-    for half_way in dict.fromkeys(half for _, half in found):
-        table = plain_table("from half-way" if half_way else "from fresh weights", *experiment.columns)
-        baseline = next(runs for (_, half), runs in found.items() if half is half_way)
-        for (variant, half), runs in found.items():
-            if half is half_way:
-                table.add_row(variant, *(cell(runs, baseline) for cell in experiment.columns.values()))
+def tables(experiment: Experiment, findings: Findings) -> list[RenderableType]:
+    """What was found, below what all of it has in common."""
+    shown: list[RenderableType] = [
+        Text(experiment.question, style="bold"), Text(experiment.facts(findings), style="dim"),
+    ]  # fmt: skip
+    for heading, *rows in experiment.tables(findings):
+        table = plain_table(*heading)
+        for row in rows:
+            table.add_row(*row)
         shown += [Text(), table]
     return shown

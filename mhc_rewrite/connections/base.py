@@ -10,10 +10,9 @@ from torch import Tensor
 
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, Function
-from mhc_rewrite.kernels.reference import Coefficients
 
 # (raw (T, K), alpha (3,), bias (K,), n) -> H_pre (T, n), H_post (T, n), H_res (T, n, n) as [out, in]
-Mappings = Callable[[Tensor, Tensor, Tensor, int], Coefficients]
+Mappings = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 # (phi, alpha, bias, n, index) -> None, in place. `index` is the site's place in its stream.
 Start = Callable[[Tensor, Tensor, Tensor, int, int], None]

@@ -145,7 +145,7 @@ def bench(
     for k in range(WARM_UP + rounds):
         progress(f"round {k + 1} of {WARM_UP + rounds}")
         for key, step in steps.items():
-            times[key].append(_clocked(step, workload.device))
+            times[key].append(clocked(step, workload.device))
     measured = []
     for (name, backend), seconds in times.items():
         others = times[ORIGINAL, _baseline(backend)]
@@ -242,7 +242,8 @@ def _result(out: Any) -> Tensor:
     return next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
-def _clocked(step: Callable[[], Any], device: str) -> float:
+def clocked(step: Callable[[], Any], device: str) -> float:
+    """Seconds of a call, all that it has begun on the device included."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -265,14 +266,14 @@ def _launches(step: Callable[[], Any]) -> int:
 
 def in_a_fresh_process(workload: Workload, name: str, backend: str) -> dict[str, Any]:
     """`compilation`, `kept` and `peak` of `Measured`; the caches of compiled graphs are empty there."""
-    with _environment(FRESH_MEMORY), tempfile.TemporaryDirectory() as caches:
+    with environment(FRESH_MEMORY), tempfile.TemporaryDirectory() as caches:
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
             return pool.submit(_measure, workload, name, backend, torch.get_num_threads(), caches).result()
 
 
 @contextlib.contextmanager
-def _environment(allocator: Mapping[str, str]) -> Iterator[None]:
+def environment(allocator: Mapping[str, str]) -> Iterator[None]:
     """For processes that start inside: this allocator and no other settings of it."""
     before = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
     for key in before:
@@ -296,7 +297,7 @@ def _measure(workload: Workload, name: str, backend: str, threads: int, caches: 
         small = nn.Linear(2, 2, device=workload.device)
         torch.compile(small, backend=_baseline(backend))(torch.ones(2, 2, device=workload.device)).sum().backward()
     step = _step(workload, model, backend, loaded[1])
-    first, later = (_clocked(step, workload.device) for _ in range(2))
+    first, later = (clocked(step, workload.device) for _ in range(2))
     figures: dict[str, Any] = {"compilation": None if backend == EAGER else first - later}
     gc.collect()
     try:

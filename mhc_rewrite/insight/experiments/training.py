@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import os
 import platform
@@ -12,15 +14,25 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_rewrite import HyperConnection, mhcify
+from mhc_rewrite import mhcify
 from mhc_rewrite.connections import mhc
-from mhc_rewrite.insight.experiments.base import Job, Look, Result
-from mhc_rewrite.kernels.reference import split
+from mhc_rewrite.insight.experiments.base import Job, Look, Result, residual_of
+from mhc_rewrite.insight.experiments.measures import (
+    composite,
+    errors,
+    gains,
+    matrices,
+    quantiles,
+    short,
+    sites_of,
+    states,
+)
 from mhc_rewrite.lifecycle.optim import parameter_groups
 from mhc_rewrite.version import VERSION
 
@@ -28,6 +40,7 @@ LOOKS = 8  # of a run, beside the one at its start
 HELD_OUT = 10  # every so manieth file of the text is held out
 PROBES = 12  # batches that the loss on held-out text is taken over
 WEIGHT_DECAY, WARM_UP, FLOOR, CLIP = 0.1, 0.1, 0.1, 1.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Decoder(nn.Module):
@@ -56,42 +69,67 @@ class Decoder(nn.Module):
 def train(job: Job, folder: Path) -> Result:
     """Trains one model from its start to its end. `folder` keeps weights that half-way runs begin with."""
     torch.manual_seed(job.seed)
-    to_train_on, held_out = text()
-    model = Decoder(job)
-    if job.half_way:
-        model.load_state_dict(_half_way(job, folder))
+    to_train_on, held_out = (part.to(DEVICE) for part in text())
+    model = Decoder(job).to(DEVICE)
     first = next(batches(held_out, job, seed=0))[:, :-1]
-    if job.init is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of "paper", which is compared here
-            mhcify(model, (first,), n_streams=job.streams, init=job.init)
-        _strengthen(model, job)
-    groups = parameter_groups(model, WEIGHT_DECAY) if job.init else model.parameters()
-    optimizer = torch.optim.AdamW(groups, job.lr, (0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, job.steps))
-    start = _matrices(model, first)
-    looks, seconds = [], []
+    if job.half_way and not job.converted_first:
+        model.load_state_dict(_half_way(job, folder))
+    convert(model, job, first)
+    if job.half_way and job.converted_first:
+        model.load_state_dict(_half_way(job, folder))
+    steps = round(job.steps * job.longer)
+    optimizer = optimizer_of(model, job)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    start = [res.mean(0) for res in matrices(states(model, first))]
+    looks, seconds, gradient = [], [], 0.0
     data = batches(to_train_on, job, seed=1 + job.seed + (1000 if job.half_way else 0))
-    looked = {round(part * job.steps / LOOKS) for part in range(LOOKS + 1)}
-    for step in range(job.steps + 1):
+    looked = {round(part * steps / LOOKS) for part in range(LOOKS + 1)}
+    for step in range(steps + 1):
         began = time.perf_counter()
         optimizer.zero_grad()
         loss_of(model, next(data)).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         seconds.append(time.perf_counter() - began)
+        gradient = max(float(norm), gradient, key=lambda value: (math.isnan(value), value))
         if step in looked:  # with the gradients of the step to come
-            looks.append(_look(model, job, step, held_out, first, start))
+            looks.append(_look(model, job, step, held_out, first, start, gradient))
+            gradient = 0.0
             if not math.isfinite(looks[-1].held_out):
                 break
         began = time.perf_counter()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        if step < job.steps:
+        nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norm)
+        if step < steps:
             optimizer.step()
             schedule.step()
         seconds[-1] += time.perf_counter() - began
-    if job.init is None and not job.half_way:
+    if not job.half_way and job.longer == 1:
         _keep(model, _kept(job, folder))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "mhc_rewrite": VERSION}
-    return Result(job, tuple(looks), statistics.median(seconds), versions)
+    return Result(job, tuple(looks), statistics.median(seconds), versions())
+
+
+def convert(model: nn.Module, job: Job, inputs: Tensor) -> None:
+    """In place; leaves it as it is where the job has plain residuals."""
+    if job.init is None:
+        return
+    streams: Any = job.streams
+    if isinstance(streams, tuple):
+        streams = {f"layers.layers.{layer}": n for layer, n in enumerate(streams)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of "paper", which is compared here
+        mhcify(
+            model, (inputs,), n_streams=streams, init=job.init, connection=job.connection,
+            dynamic=job.dynamic, sinkhorn_iterations=job.iterations,
+        )  # fmt: skip
+    _strengthen(model, job)
+
+
+def optimizer_of(model: nn.Module, job: Job) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, WEIGHT_DECAY, site_lr=job.lr * job.site_lr)
+    return torch.optim.AdamW(groups, job.lr, (0.9, 0.95), fused=True)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "mhc_rewrite": VERSION}
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -130,75 +168,75 @@ def _rate(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _sites(model: nn.Module) -> list[HyperConnection]:
-    return [module for module in model.modules() if isinstance(module, HyperConnection)]
-
-
 @torch.no_grad()
 def _strengthen(model: nn.Module, job: Job) -> None:
     if job.strengths is None:
         return
     apart, read_apart, uniform = job.strengths
-    for site in _sites(model):
+    assert isinstance(job.streams, int)
+    for site in sites_of(model):
         mhc.preserve(
             site.phi, site.alpha, site.bias, job.streams, site.index,
             apart=apart, read_apart=read_apart, uniform=uniform,
         )  # fmt: skip
 
 
-@torch.no_grad()
-def _states(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """What each site reads, (batch, length, n, C); that of the first may be (..., 1, C)."""
-    seen: list[Tensor] = []
-    hooks = [site.register_forward_hook(lambda site, args, result: seen.append(_state(args, result)))
-             for site in _sites(model)]  # fmt: skip
-    try:
-        model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def _state(args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> Tensor:
-    """A site's `pre` is given the state; its `boundary` returns it first."""
-    return args[0] if len(args) == 1 else result[0]
-
-
-@torch.no_grad()
-def _matrices(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """H_res of each site, the mean over the tokens of these inputs."""
-    states = _states(model, inputs)
-    return [site.coefficients(X).res.flatten(0, -3).mean(0) for site, X in zip(_sites(model), states)]
-
-
-def _look(model: nn.Module, job: Job, step: int, held_out: Tensor, inputs: Tensor, start: list[Tensor]) -> Look:
+def _look(
+    model: nn.Module, job: Job, step: int, held_out: Tensor, inputs: Tensor, start: list[Tensor], gradient: float
+) -> Look:
     with torch.no_grad():
         probes = batches(held_out, job, seed=0)
-        loss = statistics.fmean(float(loss_of(model, next(probes))) for _ in range(PROBES))
+        loss = short(loss_of(model, torch.cat([next(probes) for _ in range(PROBES)])))
     if job.init is None:
-        return Look(step, loss)
-    gradients = {"pre": 0.0, "post": 0.0, "res": 0.0}
-    for site in _sites(model):
-        if site.bias.grad is not None:
-            parts = split(site.bias.grad, job.streams)._asdict()
-            gradients = {name: total + float(parts[name].square().sum()) for name, total in gradients.items()}
-    moved = torch.stack([now - then for now, then in zip(_matrices(model, inputs), start)])
-    last = _states(model, inputs)[-1]
+        return Look(step, loss, gradient=short(gradient))
+    seen = states(model, inputs)
+    found = matrices(seen)
+    moved = torch.cat([(now.mean(0) - then).flatten() for now, then in zip(found, start, strict=True)])
+    last = seen[-1][1]
     mean = last.mean(-2, keepdim=True)
     apart = (last - mean).square().mean().sqrt() / mean.square().mean().sqrt()
-    rooted = {name: math.sqrt(total) for name, total in gradients.items()}
-    return Look(step, loss, rooted, float(moved.square().mean().sqrt()), float(apart))
+    rows, columns = (torch.cat(sums) for sums in zip(*map(errors, found), strict=True))
+    return Look(
+        step, loss, _gradients(model), short(moved.square().mean().sqrt()), short(apart), short(gradient),
+        _gains(found), quantiles(row=rows, column=columns),
+    )  # fmt: skip
+
+
+def _gains(found: list[Tensor]) -> dict[str, float]:
+    """Empty where n changes on the way."""
+    if len({res.shape[-1] for res in found}) > 1:
+        return {}
+    forward, backward = gains(composite(found))
+    return quantiles(forward=forward, backward=backward)
+
+
+def _gradients(model: nn.Module) -> dict[str, float]:
+    """Of the mappings' biases."""
+    total = {"pre": 0.0, "post": 0.0, "res": 0.0}
+    for site in sites_of(model):
+        if site.bias.grad is not None:
+            n = site.config.n
+            for name, part in zip(total, site.bias.grad.tensor_split([n, 2 * n])):
+                total[name] += float(part.square().sum())
+    return {name: short(math.sqrt(square)) for name, square in total.items()}
+
+
+def _first_half(job: Job) -> Job:
+    """The run that a half-way run goes on with."""
+    return dataclasses.replace(job if job.converted_first else residual_of(job),
+                               variant="", half_way=False, converted_first=False, longer=1.0)  # fmt: skip
 
 
 def _kept(job: Job, folder: Path) -> Path:
-    return folder / f"half-way-{job.layers}x{job.width}-{job.steps}-{job.seed}.pt"
+    named = dataclasses.replace(job, variant="")
+    return folder / f"{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}.pt"
 
 
 def _half_way(job: Job, folder: Path) -> dict[str, Tensor]:
-    path = _kept(job, folder)
+    first = _first_half(job)
+    path = _kept(first, folder)
     if not path.exists():
-        train(Job(**{**job.__dict__, "init": None, "strengths": None, "half_way": False}), folder)
+        train(first, folder)
     weights: dict[str, Tensor] = torch.load(path)
     return weights
 

@@ -1,9 +1,9 @@
 // The operators on CPU tensors in fp32, bf16 and fp16, with their gradients: what kernels/aten.py computes, in as few
 // passes over memory as the table of costs allows. Built and called by kernels/cpu.py.
 //
-// passes.h has the passes over the streams, coefficients.h what mHC and its closest relatives make of a projection. `pre`
-// and `boundary` put the two together, block by block; the operators that are given their coefficients are the passes
-// alone.
+// passes.h has the passes over the streams, coefficients.h what mHC and its closest relatives make of a projection.
+// `pre` and `boundary` put the two together, block by block; `project`, `read` and their like, which are given their
+// coefficients, are the passes alone.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -46,8 +46,16 @@ void resolve(Type streams, Type branch, int64_t rows, int64_t M, const Call& cal
   else with_types(std::integral_constant<int, 0>{});
 }
 
+template <class T>
+constexpr Type TYPE = Type::Float;
+template <>
+constexpr Type TYPE<Bf16> = Type::BFloat16;
+template <>
+constexpr Type TYPE<Fp16> = Type::Half;
+
 template <class T = float>
 T* at(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == TYPE<T>, "An operand of the CPU kernels of mhc_rewrite has another dtype.");
   STD_TORCH_CHECK(tensor.is_contiguous(), "The CPU kernels of mhc_rewrite take contiguous tensors.");
   return static_cast<T*>(tensor.data_ptr());
 }

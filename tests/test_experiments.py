@@ -50,7 +50,7 @@ def one_thread() -> None:
 def test_a_run(tmp_path: Path) -> None:
     residual, preserve = train(job("residual", None), tmp_path), train(job(), tmp_path)
     for result in (residual, preserve):
-        assert [look.step for look in result.looks] == list(range(LOOKS + 1)) and result.seconds > 0
+        assert [look.step for look in result.looks] == [0, 2, 4, 6, 8] and result.seconds > 0
         assert from_row(json.loads(json.dumps(as_row(result)))) == result
     first, last = preserve.looks[0], preserve.looks[-1]
     assert abs(first.held_out - residual.looks[0].held_out) < 1e-5  # one function

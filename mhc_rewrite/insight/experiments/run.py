@@ -44,7 +44,7 @@ def run(experiment: Experiment, file: Path, seeds: int, scale: float, jobs: int,
 
     def keep(found: Result | Times) -> None:
         with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(as_row(found)) + "\n")
+            lines.write(json.dumps(as_row(found), separators=(",", ":")) + "\n")
         if isinstance(found, Times):
             times[found.steps] = found
             told(f"{len(found.steps)} steps timed")

@@ -36,7 +36,7 @@ from mhc_rewrite.insight.experiments.measures import (
 from mhc_rewrite.lifecycle.optim import parameter_groups
 from mhc_rewrite.version import VERSION
 
-LOOKS = 8  # of a run, beside the one at its start
+LOOKS = 4  # of a run, beside the one at its start
 HELD_OUT = 10  # every so manieth file of the text is held out
 PROBES = 12  # batches that the loss on held-out text is taken over
 WEIGHT_DECAY, WARM_UP, FLOOR, CLIP = 0.1, 0.1, 0.1, 1.0
@@ -186,7 +186,7 @@ def _look(
 ) -> Look:
     with torch.no_grad():
         probes = batches(held_out, job, seed=0)
-        loss = short(loss_of(model, torch.cat([next(probes) for _ in range(PROBES)])))
+        loss = short(loss_of(model, torch.cat([next(probes) for _ in range(PROBES)])), 7)
     if job.init is None:
         return Look(step, loss, gradient=short(gradient))
     seen = states(model, inputs)

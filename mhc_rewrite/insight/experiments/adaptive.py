@@ -43,7 +43,7 @@ def _parameters(job: Job) -> int:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(), differences, curves("streams apart at the last site", lambda look: look.apart),
+        loss_less_residual, differences, curves("streams apart at the last site", lambda look: look.apart),
     )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(), differences,
-        curves("gain of all H_res, backward, 99 % of tokens", lambda look: look.gains["backward 99%"], log=False),
+        loss_less_residual, differences,
+        curves("gain of all H_res, backward, 99 % of tokens", lambda look: look.gains["backward 99%"]),
     )  # fmt: skip
 
 

@@ -70,6 +70,6 @@ def quantiles(**values: Tensor) -> dict[str, float]:
     return found
 
 
-def short(value: float | Tensor, digits: int = 4) -> float:
+def short(value: float | Tensor, digits: int = 3) -> float:
     """Few digits, as files are to stay small."""
     return float(f"{float(value):.{digits}g}")

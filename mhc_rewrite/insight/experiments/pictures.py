@@ -10,68 +10,67 @@ from typing import Any
 from mhc_rewrite.insight.experiments.base import Findings, Look, Result
 from mhc_rewrite.insight.experiments.reading import at_equal_time, at_equal_tokens, ended
 
-Panel = Callable[[Any, Findings, dict[str, list[Result]]], None]  # (axis, findings, runs by variant)
+Colours = dict[str, str]  # by variant
+Panel = Callable[[Any, Findings, dict[str, list[Result]], Colours], None]  # (axis, findings, runs by variant, colours)
 
 
 def side_by_side(pyplot: Any, findings: Findings, parts: dict[str, dict[str, list[Result]]], *panels: Panel) -> Any:
-    """A row for each part."""
+    """A row for each part; one legend for all."""
     figure, axes = pyplot.subplots(
-        len(parts), len(panels), figsize=(4.5 * len(panels), 3.4 * len(parts)), layout="constrained", squeeze=False
+        len(parts), len(panels), figsize=(4.3 * len(panels) + 2, 3.6 * len(parts)), layout="constrained", squeeze=False
     )
+    shown = dict.fromkeys(variant for found in parts.values() for variant, runs in found.items() if _has_sites(runs))
+    colours = dict(zip(shown, pyplot.get_cmap("tab10" if len(shown) <= 10 else "tab20").colors))
     for row, (name, found) in zip(axes, parts.items(), strict=True):
         for axis, panel in zip(row, panels, strict=True):
-            panel(axis, findings, found)
+            panel(axis, findings, found, colours)
             axis.grid(alpha=0.3)
         if len(parts) > 1:
             row[0].set_ylabel(name)
+    lines = {line.get_label(): line for row in axes for line in row[0].get_lines() if line.get_label() in colours}
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize="small")
     return figure
 
 
-def curves(what: str, value: Callable[[Look], float], *, log: bool = True, legend: bool = False) -> Panel:
+def curves(what: str, value: Callable[[Look], float], *, log: bool = True) -> Panel:
     """The mean over seeds at each look, of runs with sites."""
 
-    def panel(axis: Any, findings: Findings, found: dict[str, list[Result]]) -> None:
+    def panel(axis: Any, findings: Findings, found: dict[str, list[Result]], colours: Colours) -> None:
         for variant, runs in found.items():
-            if runs[0].job.init is None:
-                continue
-            points = [
-                (looks[0].step, statistics.fmean(map(value, looks))) for looks in zip(*(run.looks for run in runs))
-            ]
-            axis.plot(*zip(*points), label=variant, marker=".", linewidth=1)
+            if _has_sites(runs):
+                together = zip(*(run.looks for run in runs))
+                points = [(looks[0].step, statistics.fmean(map(value, looks))) for looks in together]
+                axis.plot(*zip(*points), label=variant, color=colours[variant], marker=".", linewidth=1)
         axis.set(title=what, xlabel="step")
         if log:
             axis.set_yscale("log")
-        if legend:
-            axis.legend(fontsize="small")
 
     return panel
 
 
-def loss_less_residual(legend: bool = True) -> Panel:
+def loss_less_residual(axis: Any, findings: Findings, found: dict[str, list[Result]], colours: Colours) -> None:
     """At equal tokens, over the steps, the mean over seeds."""
-
-    def panel(axis: Any, findings: Findings, found: dict[str, list[Result]]) -> None:
-        for variant, runs in found.items():
-            pairs = [(run, plain) for run in ended(runs) if (plain := findings.residual(run.job, run.job.longer))]
-            if runs[0].job.init is None or not pairs:
-                continue
-            curve = [
+    for variant, runs in found.items():
+        pairs = [(run, plain) for run in ended(runs) if (plain := findings.residual(run.job, run.job.longer))]
+        if _has_sites(runs) and pairs:
+            together = zip(*(zip(run.looks, plain.looks) for run, plain in pairs))
+            points = [
                 (pair[0][0].step, statistics.fmean(mine.held_out - other.held_out for mine, other in pair))
-                for pair in zip(*(zip(run.looks, plain.looks) for run, plain in pairs))
+                for pair in together
             ]
-            axis.plot(*zip(*curve), label=variant, marker=".", linewidth=1)
-        axis.axhline(0.0, color="grey", linewidth=0.8)
-        axis.set(title="held-out loss, less the residual's", xlabel="step")
-        if legend:
-            axis.legend(fontsize="small")
-
-    return panel
+            axis.plot(*zip(*points), label=variant, color=colours[variant], marker=".", linewidth=1)
+    axis.axhline(0.0, color="grey", linewidth=0.8)
+    axis.set(title="held-out loss, less the residual's", xlabel="step")
 
 
-def differences(axis: Any, findings: Findings, found: dict[str, list[Result]]) -> None:
+def _has_sites(runs: Sequence[Result]) -> bool:
+    return runs[0].job.init is not None
+
+
+def differences(axis: Any, findings: Findings, found: dict[str, list[Result]], colours: Colours) -> None:
     """At the end, at equal tokens and at equal time: the mean over seeds and the standard deviation."""
-    shown = [(variant, ended(runs)) for variant, runs in found.items() if runs[0].job.init is not None and ended(runs)]
-    for offset, name, colour in ((-0.12, "at equal tokens", "tab:blue"), (0.12, "at equal time", "tab:orange")):
+    shown = [(variant, ended(runs)) for variant, runs in found.items() if _has_sites(runs) and ended(runs)]
+    for offset, name, colour in ((-0.15, "at equal tokens", "black"), (0.15, "at equal time", "grey")):
         places, means, deviations = [], [], []
         for k, (_, runs) in enumerate(shown):
             values = [value for run in runs if (value := _difference(run, findings, name)) is not None]

@@ -9,6 +9,7 @@ from mhc_rewrite.insight.experiments.base import SITE_LR, Experiment, Findings, 
 from mhc_rewrite.insight.experiments.pictures import curves, differences, loss_less_residual, side_by_side
 from mhc_rewrite.insight.experiments.reading import COMPARED, by_part, by_variant, facts, gain, part_of, with_sites
 from mhc_rewrite.insight.experiments.timing import in_turn
+from mhc_rewrite.printing import plural
 
 _ITERATIONS = (1, 2, 5, 10, 20, 40)
 
@@ -19,7 +20,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
         plain = small("residual", seed, scale)
         jobs += residuals(plain)
         jobs += [
-            dataclasses.replace(plain, variant=f"{count:2d} iterations", init="preserve", iterations=count,
+            dataclasses.replace(plain, variant=plural(count, "iteration"), init="preserve", iterations=count,
                                 site_lr=SITE_LR)
             for count in _ITERATIONS
         ]  # fmt: skip
@@ -29,7 +30,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(), differences,
+        loss_less_residual, differences,
         curves("columns' sums off 1 by, 99 % of tokens", lambda look: max(look.errors["column 99%"], 1e-8)),
     )  # fmt: skip
 
@@ -40,8 +41,8 @@ SINKHORN = Experiment(
     facts,
     by_variant({
         **COMPARED,
-        "rows off by": with_sites(lambda run: run.looks[-1].errors["row 99%"], ".0e"),
-        "columns, median": with_sites(lambda run: run.looks[-1].errors["column"], ".0e"),
+        "row sums off by, 99 %": with_sites(lambda run: run.looks[-1].errors["row 99%"], ".0e"),
+        "column sums, median": with_sites(lambda run: run.looks[-1].errors["column"], ".0e"),
         "99 %": with_sites(lambda run: run.looks[-1].errors["column 99%"], ".0e"),
         "gain forward": gain("forward"),
         "backward": gain("backward"),

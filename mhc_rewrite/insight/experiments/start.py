@@ -40,7 +40,7 @@ def _share(mapping: str, look: int) -> Callable[[Result], float]:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(),
+        loss_less_residual,
         curves("H_res moved, rms", lambda look: look.moved),
         curves("gradient of H_res over H_post's", lambda look: look.gradients["res"] / look.gradients["post"]),
         curves("streams apart", lambda look: look.apart),

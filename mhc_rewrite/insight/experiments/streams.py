@@ -29,7 +29,7 @@ def _jobs(seeds: int, scale: float) -> list[Job]:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(), differences, curves("streams apart", lambda look: look.apart),
+        loss_less_residual, differences, curves("streams apart", lambda look: look.apart),
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def _jump(runs: Sequence[Result], findings: Findings) -> str:
 def _draw(pyplot: Any, findings: Findings) -> Any:
     return side_by_side(
         pyplot, findings, by_part(findings.results, part_of),
-        loss_less_residual(), differences, curves("H_res moved, rms", lambda look: look.moved),
+        loss_less_residual, differences, curves("H_res moved, rms", lambda look: look.moved),
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ class MHCConfig:
         self._check_int("min_sites", 1, None)
         self._check_choice("init", tuple(STARTS))
         self._check_choice("collapse", COLLAPSES)
-        self._check_choice("connection", tuple(CONNECTIONS))
+        self._check_choice("connection", tuple(CONNECTIONS), " One of your own is registered first: import its file.")
         connection = CONNECTIONS[self.connection]
         for n in [n for _, n in self.stretches] or [self.n]:
             if reason := connection.refuses(n):
@@ -125,10 +125,10 @@ class MHCConfig:
             bounds = f"from {low} to {high}" if high is not None else f"of at least {low}"
             raise ConfigError(f"{field} must be an int {bounds}, not {value!r}.")
 
-    def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, field: str, choices: tuple[str, ...], more: str = "") -> None:
         value = getattr(self, field)
         if value not in choices:
-            raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+            raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.{more}")
 
     @property
     def stretches(self) -> tuple[tuple[str, int], ...]:

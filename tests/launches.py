@@ -89,6 +89,7 @@ FORMS = [
     Form("boundaries fused", "autocast"),
     Form("boundaries fused, blocks end in an activation", activated=True),
     Form("boundaries fused, hc", connection="hc"),
+    Form("boundaries fused, kromhc", connection="kromhc"),
     Form("boundaries fused, recompute=2", recompute=2),
     Form("site by site", fused=False),
     Form("boundaries fused, aten", whole=False),

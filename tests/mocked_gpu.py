@@ -42,7 +42,7 @@ from triton.backends.compiler import GPUTarget
 
 import mhc_rewrite
 from mhc_rewrite import lowering
-from mhc_rewrite.kernels import aten, ops, selection
+from mhc_rewrite.kernels import aten, gpu, ops, selection
 from mhc_rewrite.kernels.triton_configs import Launch
 
 DEVICE = torch.device("cuda", 0)
@@ -284,7 +284,8 @@ class _Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _body(self, name: str, args: tuple[Any, ...]) -> Any:
-        body = getattr(aten, name) if name.startswith("sinkhorn") else getattr(ops, f"_{name}")
+        body: Any = getattr(aten, name) if name.startswith("sinkhorn") else getattr(ops, f"_{name}", None)
+        body = body or getattr(gpu, name)  # those that composed.py calls
         self._operators.append(name)
         try:
             with self:

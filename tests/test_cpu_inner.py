@@ -191,6 +191,14 @@ def test_same_passes_as_the_fused_kernels() -> None:
 
 
 @needs_kernels
+def test_no_operand_is_read_in_another_dtype() -> None:
+    arguments = given(2, 2, BF16, BF16, 3, 3, 8, post=True)
+    for name in BEHIND[1:]:
+        with pytest.raises(RuntimeError, match="another dtype"):
+            call(cpu, name, arguments | {"g_u": arguments["g_u"].float()})
+
+
+@needs_kernels
 @pytest.mark.parametrize("columns", [0, 7])
 @pytest.mark.parametrize("dtype,y_dtype", [(F32, F32), (F32, BF16), (F16, F16)])
 @pytest.mark.parametrize("n,M", [(3, 3), (4, 4), (4, 1)])

@@ -67,7 +67,7 @@ def test_columns_and_shapes(name: str, n: int) -> None:
 @pytest.mark.parametrize("scale", (1.0, 10.0))
 @pytest.mark.parametrize("name,n", COMPARED)
 def test_equals_the_direct_implementation(name: str, n: int, scale: float) -> None:
-    given = parameters(name, n, 4, scale)
+    given = parameters(name, n, 12, scale)
     got, want = (values_and_gradients(f, given, n) for f in (CONNECTIONS[name].function, direct(name)))
     for mine, other in zip(got, want, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)

@@ -55,6 +55,36 @@ ACTIVATED = Row((More(3 + 1, FORWARD), More(5 + 1, BACKWARD)), FUSED.ends)
 # phi's columns are spread from (C, n + 2) by Inductor: one kernel forward, one for the sums and three to put columns
 # together backward.
 HC = Row((More(3 + 1, FORWARD), More(5 + 1 + 3, BACKWARD)), FUSED.ends)
+# A connection that is a function stands between kernels that know nothing of it. For KromHC Inductor makes four kernels
+# of the function, and ten of it and its gradient with the sums of alpha and bias.
+POST_PROJECT = {f"post_project: _{kernel}_kernel": 1.0 for kernel in ("post_forward", "project_part", "norm")}
+PROJECT = {f"project: _{kernel}_kernel": 1.0 for kernel in ("project_part", "norm")}
+PRODUCTS = {f"post_read_products: _{kernel}_kernel": 1.0 for kernel in ("dots", "products")}
+SWEEP = {f"project_backward: _{kernel}_kernel": 1.0 for kernel in ("product_gradient", "state", "parameters")}
+POST_SWEEP = {f"post_{name}": 1.0 for name in (*SWEEP, "project_backward: _post_backward_kernel")}
+FUNCTION = Row(
+    (
+        More(4 + 4, {**POST_PROJECT, "read: _post_forward_kernel": 1}),
+        More(6 + 10, {**PRODUCTS, **POST_SWEEP}),
+    ),
+    (
+        More(
+            3,
+            {
+                **PROJECT, **dict.fromkeys(POST_PROJECT, -1.0),
+                "post_collapse: _post_forward_kernel": 1, "post_collapse: mean": 2,
+            },
+        ),
+        More(
+            6,
+            {
+                **SWEEP, "read_products: _dots_kernel": 1, **dict.fromkeys((*PRODUCTS, *POST_SWEEP), -1.0),
+                "post_collapse_backward: _post_backward_kernel": 1,
+                "post_collapse_backward: mean": 2, "post_collapse_backward: div": 2,
+            },
+        ),
+    ),
+)  # fmt: skip
 # Two sites are a `pre`, a boundary and a `post`, of which backward repeats the first two and adds two gradients of the
 # state between the pairs.
 RECOMPUTED = Row(
@@ -117,6 +147,7 @@ EXPECTED = {
     Form("boundaries fused", "autocast"): FUSED,
     Form("boundaries fused, blocks end in an activation", activated=True): ACTIVATED,
     Form("boundaries fused, hc", connection="hc"): HC,
+    Form("boundaries fused, kromhc", connection="kromhc"): FUNCTION,
     Form("boundaries fused, recompute=2", recompute=2): RECOMPUTED,
     Form("site by site", fused=False): APART,
     Form("boundaries fused, aten", whole=False): ATEN,

@@ -46,8 +46,8 @@ def _cayley(skew: Tensor) -> Tensor:
     one = torch.eye(n, dtype=skew.dtype, device=skew.device).view(n, n, *[1] * (skew.dim() - 2))
     both = torch.cat([one - skew, one + skew], 1)
     for k in range(n):
-        row = both[k : k + 1, 1:] / both[k, 0]
-        both = torch.addcmul(both[:, 1:], both[:, :1] - one[:, k : k + 1], row, value=-1)
+        column, rest = both.split([1, both.shape[1] - 1], 1)
+        both = torch.addcmul(rest, column - one[:, k : k + 1], rest[k : k + 1] / column[k], value=-1)
     return both
 
 

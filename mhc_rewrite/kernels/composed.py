@@ -172,12 +172,15 @@ def _inner(X: Tensor, y: Tensor | None, coefficients: Tensor) -> Any:
 
 def _define(name: str, arguments: str, results: int, shapes: Callable[..., Any]) -> None:
     made = "Tensor" if results == 1 else "(" + ", ".join(["Tensor"] * results) + ")"
-    operator = torch.library.custom_op(
-        f"mhc_rewrite::{name}",
-        lambda *args: getattr(gpu, name)(*args),
-        mutates_args=(),
-        schema=f"({arguments}) -> {made}",
-    )
+    names = [argument.split()[1] for argument in arguments.split(", ")]
+
+    def run(*args: Any) -> Any:
+        given = dict(zip(names, args))
+        coefficients = next((given[one] for one in ("phi", "h_pre", "h_post") if one in given), None)
+        return getattr(selection.kernels_for(given["X"], given.get("y"), coefficients), name)(*args)
+
+    schema = f"({arguments}) -> {made}"
+    operator = torch.library.custom_op(f"mhc_rewrite::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(shapes)
 
 

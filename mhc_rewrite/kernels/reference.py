@@ -85,13 +85,13 @@ def project(streams: Tensor, phi: Tensor, kind: str, eps_norm: float) -> tuple[T
 
 def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
     """H_pre, H_post and H_res from raw (..., K), alpha (3,) and bias (K,) [17, 18, 19]."""
-    n, name = streams_of(len(bias), kind), name_of(kind)
+    n, name = streams_of(bias.shape[-1], kind), name_of(kind)
     if is_static(kind):
         leading = raw.shape[:-1]
-        made = coefficients(bias.new_zeros(len(bias)), bias.new_zeros(3), bias, name, iterations)
+        made = coefficients(bias.new_zeros(bias.shape[-1]), bias.new_zeros(3), bias, name, iterations)
         return Coefficients(*(h.expand(*leading, *h.shape) for h in made))
     if name in FUNCTIONS:
-        of_tokens = FUNCTIONS[name].run(raw.reshape(-1, len(bias)), alpha, bias, n)
+        of_tokens = FUNCTIONS[name].run(raw.reshape(-1, bias.shape[-1]), alpha, bias, n)
         return Coefficients(*(h.reshape(*raw.shape[:-1], *h.shape[1:]) for h in of_tokens))
     rules = KINDS[kind]
     scale = torch.cat([a.expand(size) for a, size in zip(alpha.unsqueeze(-1).unbind(), (n, n, n * n))])

@@ -19,8 +19,8 @@ struct Mix {
   Mix at(int64_t t) const { return {X + t * M * C, y + t * C, h_post + t * rows, h_res + t * rows * M, rows, M, C}; }
 };
 
-// X'[i] = sum_j H_res[i, j] X[j] + H_post[i] y, as it is stored, for every eight elements of a row: at(c, elements there)
-// gives what takes (i, X'[i]). With `ahead` the next token's streams are fetched.
+// X'[i] = sum_j H_res[i, j] X[j] + H_post[i] y, as it is stored, for every eight elements of a row: at(c, elements
+// there) gives what takes (i, X'[i]). With `ahead` the next token's streams are fetched.
 template <int N, class E, class D, class At>
 INLINE inline void each_mixed(const Mix<E, D>& token, bool ahead, const At& at) {
   const auto [X, y, h_post, h_res, given_rows, given_M, C] = token;

@@ -1,9 +1,9 @@
 // The operators on CPU tensors in fp32, bf16 and fp16, with their gradients: what kernels/aten.py computes, in as few
 // passes over memory as the table of costs allows. Built and called by kernels/cpu.py.
 //
-// passes.h has the passes over the streams, coefficients.h what mHC and its closest relatives make of a projection. `pre`
-// and `boundary` put the two together, block by block; the operators that are given their coefficients are the passes
-// alone.
+// passes.h has the passes over the streams, coefficients.h what mHC and its closest relatives make of a projection.
+// `pre` and `boundary` put the two together, block by block; `project`, `read` and their like, which are given their
+// coefficients, are the passes alone.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -46,8 +46,16 @@ void resolve(Type streams, Type branch, int64_t rows, int64_t M, const Call& cal
   else with_types(std::integral_constant<int, 0>{});
 }
 
+template <class T>
+constexpr Type TYPE = Type::Float;
+template <>
+constexpr Type TYPE<Bf16> = Type::BFloat16;
+template <>
+constexpr Type TYPE<Fp16> = Type::Half;
+
 template <class T = float>
 T* at(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == TYPE<T>, "An operand of the CPU kernels of mhc_rewrite has another dtype.");
   STD_TORCH_CHECK(tensor.is_contiguous(), "The CPU kernels of mhc_rewrite take contiguous tensors.");
   return static_cast<T*>(tensor.data_ptr());
 }
@@ -141,6 +149,16 @@ struct Parameters {
   }
 };
 
+// One for each part of T tokens.
+template <class Own>
+std::vector<Own> for_parts(int64_t T, const Site& site) {
+  std::vector<Own> made;
+  const int64_t parts = parts_of(T);
+  made.reserve(parts);
+  for (int64_t p = 0; p < parts; ++p) made.emplace_back(site);
+  return made;
+}
+
 using Made = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // `pre`, or with a branch `boundary`, whose X' goes into `made`: a block's coefficients and what it reads follow its
@@ -149,7 +167,7 @@ Made run_site(const Tensor& X, const Branch* branch, const Tensor* made, const P
   const Site site = given.site();
   const int64_t T = X.size(0), C = X.size(2), n = site.n, K = site.K;
   const Tensor u = empty(X, {T, C}), h_post = empty(given.phi, {T, n}), h_res = empty(given.phi, {T, n, n});
-  std::vector<Octet> octets(parts_of(T), Octet(site));
+  std::vector<Octet> octets = for_parts<Octet>(T, site);
   const auto coefficients_and_read = [&](const auto& of, auto N, const float* raw) -> Next {
     using E = typename std::decay_t<decltype(of)>::Streams;
     return [=, &octets, X = of.X, S = of.S, u = at<E>(u), h_post = at(h_post), h_res = at(h_res)](
@@ -183,8 +201,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_site_backward(
   struct Part {
     Octet octet;
     std::vector<V> by_alpha, by_bias;
+
+    explicit Part(const Site& site) : octet(site), by_alpha(3), by_bias(site.K) {}
   };
-  std::vector<Part> of_parts(parts_of(X.size(0)), Part{Octet(site), std::vector<V>(3), std::vector<V>(K)});
+  std::vector<Part> of_parts = for_parts<Part>(X.size(0), site);
   const auto coefficients = [=, &of_parts, raw = at(raw), g_post = at(g_post), g_res = at(g_res)](
                                 int64_t part, int64_t t, int64_t count, Rows& rows) {
     auto& [octet, by_alpha, by_bias] = of_parts[part];

@@ -161,8 +161,8 @@ struct Gradients {
 
 // What is known of a block's coefficients.
 struct Rows {
-  float products[BLOCK][MOST];  // g_u . X[j], where they were asked for
-  float h_pre[BLOCK][MOST];     // to be filled in, like the gradient of raw, (BLOCK, KP)
+  float products[BLOCK][MOST];  // g_u . X[j], where they are needed
+  float h_pre[BLOCK][MOST];     // zeros to be filled in, like the gradient of raw, (BLOCK, KP)
   float* g_raw;
 };
 
@@ -187,7 +187,7 @@ void through_norm(int64_t t, int64_t count, int64_t S, int64_t C, const Projecti
 }
 
 // The gradients of the operands of `project`, and of what u = sum_j H_pre[j] X[j] reads. X' is built again instead of
-// kept.
+// kept. `products`: whether `between` needs them.
 template <int N, class E, class D>
 void project_backward(const State<E, D>& of, const Projection& by, const float* raw, const float* r, bool products,
                       const Between& between, const Gradients<E, D>& g) {
@@ -250,7 +250,7 @@ void project_backward(const State<E, D>& of, const Projection& by, const float* 
         const int64_t token = t + l;
         if (mix) {
           mix_out_backward<N, true>(mix->at(token), g_state, l, g.g_state + token * S * C, g.g_X + token * M * C,
-                              g.g_y + token * C, g.g_h_post + token * S, g.g_h_res + token * S * M, past);
+                                    g.g_y + token * C, g.g_h_post + token * S, g.g_h_res + token * S * M, past);
           continue;
         }
         for (int64_t j = 0; j < S; ++j) {
@@ -296,8 +296,8 @@ void mix_tokens_backward(int64_t T, const Mix<E, D>& mix, const E* g_out, E* g_X
   const int64_t M = mix.M, rows = mix.rows, C = mix.C;
   const bool past = goes_past(g_X, T * M, C) && goes_past(g_y, T * M, C);
   each_token(T, [&](int64_t t) {
-    mix_out_backward<N, false>(mix.at(t), nullptr, 0, g_out + t * rows * C, g_X + t * M * C, g_y + t * C, g_post + t * rows,
-                        g_res + t * rows * M, past);
+    mix_out_backward<N, false>(mix.at(t), nullptr, 0, g_out + t * rows * C, g_X + t * M * C, g_y + t * C,
+                               g_post + t * rows, g_res + t * rows * M, past);
   });
 }
 

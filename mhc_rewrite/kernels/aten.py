@@ -29,7 +29,7 @@ def pre(
     """u (T, C), H_post (T, n), H_res (T, n, n), raw (T, n^2 + 2n) and r (T, 1), or (T, n) for a norm per stream."""
     state = X.to(phi.dtype)
     raw, r = _project(state, phi, kind, eps)
-    h = coefficients(raw, alpha, bias, kind, iterations)
+    h = _coefficients(raw, alpha, bias, kind, iterations)
     h_pre = h.pre if X.shape[1] > 1 else h.pre.sum(-1, keepdim=True)
     return read(X, h_pre), h.post, h.res, raw, r
 
@@ -41,7 +41,7 @@ def pre_backward(
     """Gradients of X, phi, alpha and bias from those of u, H_post and H_res."""
     n, (tokens, given, width) = streams_of(raw.shape[-1]), X.shape
     g_pre = read_products(g_u.to(phi.dtype), X.to(phi.dtype)).expand(tokens, n)
-    h_pre, g_raw, g_alpha, g_bias = coefficients_backward(g_pre, g_post, g_res, raw, alpha, bias, kind, iterations)
+    h_pre, g_raw, g_alpha, g_bias = _coefficients_backward(g_pre, g_post, g_res, raw, alpha, bias, kind, iterations)
     if given == 1:
         h_pre = h_pre.sum(-1, keepdim=True)
     if KINDS[kind].constrained:
@@ -215,8 +215,7 @@ def _scales(alpha: Tensor, n: int) -> Tensor:
     return torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)])
 
 
-def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
-    """H_pre, H_post and H_res from the raw columns [17, 18, 19]."""
+def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
     n, rules = streams_of(raw.shape[-1]), KINDS[kind]
     if not rules.constrained:
         parts = zip(split(bias, n), alpha, split(torch.tanh(raw), n))
@@ -226,7 +225,7 @@ def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations
     return Coefficients(torch.sigmoid(pre) + rules.eps, 2 * torch.sigmoid(post), res)
 
 
-def coefficients_backward(
+def _coefficients_backward(
     g_pre: Tensor, g_post: Tensor, g_res: Tensor, raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """H_pre again, and the gradients of raw, alpha and bias."""

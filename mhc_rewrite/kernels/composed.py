@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mhc_rewrite.kernels import aten, gpu, selection
-from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, streams_of
+from mhc_rewrite.kernels import gpu, selection
+from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, norms_of, streams_of
 from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.torch_private import graph_of
 
@@ -105,10 +105,10 @@ def _for_given(h_pre: Tensor, X: Tensor) -> Tensor:
 def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int) -> Coefficients:
     """H_pre, H_post and H_res of every token, each with memory of its own."""
     name, n, tokens = name_of(kind), streams_of(len(bias), kind), len(raw)
-    if is_static(kind):
-        raw, alpha = bias.new_zeros(1, len(bias)), bias.new_zeros(3)
     if name in KINDS:
-        made = aten.coefficients(raw, alpha, bias, name, iterations)
+        made = Coefficients(*torch.ops.mhc_rewrite.pre(*_alone(bias, n), name, iterations, 1.0, "")[:3])
+    elif is_static(kind):
+        made = Coefficients(*FUNCTIONS[name].run(bias.new_zeros(1, len(bias)), bias.new_zeros(3), bias, n))
     else:
         made = Coefficients(*FUNCTIONS[name].run(raw, alpha, bias, n))
     every = (h.to(bias.dtype).expand(tokens, *h.shape[1:]) for h in made)
@@ -119,20 +119,30 @@ def _gradients(
     g_pre: Tensor, g_post: Tensor, g_res: Tensor, raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """H_pre again, and the gradients of raw, alpha and bias from those of H_pre, H_post and H_res."""
-    name, n, tokens, given = name_of(kind), streams_of(len(bias), kind), len(raw), raw
-    gradients = g_pre.to(bias.dtype), g_post, g_res
+    name, n, tokens = name_of(kind), streams_of(len(bias), kind), len(raw)
+    gradients: Outputs = g_pre.to(bias.dtype), g_post, g_res
+    of_raw = raw
     if is_static(kind):
-        raw, alpha = bias.new_zeros(1, len(bias)), bias.new_zeros(3)
-        gradients = g_pre.sum(0, keepdim=True), g_post.sum(0, keepdim=True), g_res.sum(0, keepdim=True)
+        gradients = tuple(g.sum(0, keepdim=True) for g in gradients)
+        of_raw, alpha = bias.new_zeros(1, len(bias)), bias.new_zeros(3)
     if name in KINDS:
-        made = aten.coefficients_backward(*gradients, raw, alpha, bias, name, iterations)
+        site, r = _alone(bias, n), bias.new_ones(1, norms_of(name, n))
+        h_pre = torch.ops.mhc_rewrite.pre(*site, name, iterations, 1.0, "")[0]
+        *_, g_alpha, g_bias = torch.ops.mhc_rewrite.pre_backward(*gradients, *site, of_raw, r, name, iterations)
     else:
         graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device)
-        made = graph(*gradients, raw, alpha, bias)
-    h_pre, g_raw, g_alpha, g_bias = made
-    if is_static(kind):
-        g_raw = torch.zeros_like(given)
-    return h_pre.expand(tokens, n).contiguous(), g_raw.contiguous(), g_alpha, g_bias
+        h_pre, of_raw, g_alpha, g_bias = graph(*gradients, of_raw, alpha, bias)
+    g_raw = torch.zeros_like(raw) if is_static(kind) else of_raw.contiguous()
+    return h_pre.expand(tokens, n).contiguous(), g_raw, g_alpha, g_bias
+
+
+def _alone(bias: Tensor, n: int) -> Outputs:
+    """X, phi, alpha and bias by which `pre` of a kind with kernels makes coefficients of the bias alone.
+
+    phi is zero; with the unit matrix for a state of width n, u is H_pre, and the gradient of u that of H_pre.
+    """
+    streams = torch.eye(n, dtype=bias.dtype, device=bias.device).unsqueeze(0)
+    return streams, bias.new_zeros(n * n, len(bias)), bias.new_zeros(3), bias
 
 
 @functools.cache

@@ -79,8 +79,9 @@ def mhcify(
         return model
     if chosen.init == "paper" and chosen.connection != "hc":
         warnings.warn(
-            "init='paper' starts with H_res almost uniform and sum(H_pre) = 2: every site averages the streams away, "
-            "and the function of a pretrained model is lost. init='preserve' keeps it.",
+            f"init='paper' starts sites as the source of {chosen.connection!r} does, and the function of a pretrained "
+            "model is lost (mHC's begin with an almost uniform H_res, which averages the streams away). "
+            "init='preserve' keeps it.",
             stacklevel=2,
         )
     before = observe(model, args, kwargs)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mhc_rewrite.connections import CONNECTIONS, STARTS
+from mhc_rewrite.connections import STARTS, connection_of
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.kinds import MAX_STREAMS
 
@@ -85,8 +85,7 @@ class MHCConfig:
         self._check_int("min_sites", 1, None)
         self._check_choice("init", tuple(STARTS))
         self._check_choice("collapse", COLLAPSES)
-        self._check_choice("connection", tuple(CONNECTIONS), " One of your own is registered first: import its file.")
-        connection = CONNECTIONS[self.connection]
+        connection = connection_of(self.connection)
         for n in [n for _, n in self.stretches] or [self.n]:
             if reason := connection.refuses(n):
                 raise ConfigError(f"connection={self.connection!r} with n_streams={n}: {reason}.")
@@ -125,10 +124,10 @@ class MHCConfig:
             bounds = f"from {low} to {high}" if high is not None else f"of at least {low}"
             raise ConfigError(f"{field} must be an int {bounds}, not {value!r}.")
 
-    def _check_choice(self, field: str, choices: tuple[str, ...], more: str = "") -> None:
+    def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if value not in choices:
-            raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.{more}")
+            raise ConfigError(f"{field} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
     @property
     def stretches(self) -> tuple[tuple[str, int], ...]:

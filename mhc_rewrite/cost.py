@@ -170,10 +170,11 @@ class Cost:
         - fused: `pre` and `post`. Backward, pre's launch takes up the gradient of X that post's has written;
         - boundary: post of a site and pre of the next in one launch, at every site. A stream's first pre and last post
           are no boundary and move (n + 4)C together, not the (2n + 2)C of one. Where the connection is a function, it
-          stands between the projection and the sweep over X' that makes u, which reads nC more.
+          stands between the projection and the sweep over X' that makes u, which reads nC more; backward between that
+          sweep's gradient, which reads (n + 2)C more, and the others.
         """
         mix, both = n**2 + n, self._columns
-        again = 0 if self._in_kernels else n * C
+        forth, back = (0, 0) if self._in_kernels else (n * C, (n + 2) * C)
         forward, backward = 2 * mix + self._raw, 3 * mix + self._raw
         return {
             "unfused": (
@@ -185,8 +186,8 @@ class Cost:
                 Traffic((4 * n + 2) * C, (2 * n + 1) * C, backward, n * C),
             ),
             "boundary": (
-                Traffic((n + 1) * C + again, (n + 1) * C, forward),
-                Traffic((2 * n + 2) * C, (n + 1) * C, backward, (n + 1) * C),
+                Traffic((n + 1) * C + forth, (n + 1) * C, forward),
+                Traffic((2 * n + 2) * C + back, (n + 1) * C, backward, (n + 1) * C),
             ),
         }
 

@@ -1,6 +1,6 @@
 """The table of connections: one relative of mHC, one file here and one line below."""
 
-from mhc_rewrite.connections.base import CONNECTIONS, STARTS, Connection, register_connection
+from mhc_rewrite.connections.base import CONNECTIONS, STARTS, Connection, connection_of, register_connection
 from mhc_rewrite.connections.cayley import CAYLEY
 from mhc_rewrite.connections.deepseek_v4 import DEEPSEEK_V4
 from mhc_rewrite.connections.hc import HC
@@ -22,4 +22,4 @@ for _name, _connection in {
 }.items():
     register_connection(_name, _connection)
 
-__all__ = ["CONNECTIONS", "STARTS", "Connection", "register_connection"]
+__all__ = ["CONNECTIONS", "STARTS", "Connection", "connection_of", "register_connection"]

@@ -100,6 +100,20 @@ def register_connection(name: str, connection: Connection) -> None:
     CONNECTIONS[name] = connection
 
 
+def connection_of(name: str) -> Connection:
+    """The connection of that name.
+
+    Raises:
+        ConfigError: there is none, or none yet in this process.
+    """
+    if not isinstance(name, str) or name not in CONNECTIONS:
+        raise ConfigError(
+            f"There is no connection {name!r}, but {', '.join(map(repr, CONNECTIONS))}. One of your own is registered "
+            "first: import the file that does it, in every process that loads or runs the model."
+        )
+    return CONNECTIONS[name]
+
+
 def gates(raw: Tensor, alpha: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """H_pre = sigmoid and H_post = 2 sigmoid of s = alpha * raw + bias, as in mHC [17, 18], and the rest of s: H_res's
     logits (T, columns)."""

@@ -6,8 +6,8 @@ kernels that know nothing of it.
     u = read(X, H_pre')
 
 Forward a boundary moves (3n + 2)C a token, as H_pre is known only once all of X' is projected; a second pass over X'
-reads it. Backward nothing is moved more than by kernels that know the connection: the gradient of H_pre is one sweep,
-the function's own gradient lies between, and all that meets X' is one more sweep.
+reads it. Backward (4n + 5)C: the gradient of H_pre is one sweep, the function's own gradient lies between, and all that
+meets X' is one more sweep.
 
 The function's gradient is a graph of aten, which `gradients_of` makes once with autograd. The bodies of operators run
 below autograd, so it could not be asked there; and compiled graphs take the graph's nodes up as they do the function's.
@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -27,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mhc_rewrite.errors import KernelError
 from mhc_rewrite.kernels import gpu, selection
-from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, norms_of, streams_of
+from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, Function, is_static, name_of, norms_of, streams_of
 from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.torch_private import graph_of
 
@@ -39,9 +38,10 @@ _TOKENS = 1009  # of the trace: a number that no other axis has, so that the gra
 
 def pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
     """As in aten.py: u, H_post, H_res, raw, r."""
-    raw, r = _inner(X, None, phi).project(X, phi, eps)
+    inner = _inner(X, None, phi)
+    raw, r = _nothing_projected(X, phi) if is_static(kind) else inner.project(X, phi, eps)
     h = _coefficients(raw, alpha, bias, kind, iterations)
-    return _inner(X, None, phi).read(X, _for_given(h.pre, X)), h.post, h.res, raw, r
+    return inner.read(X, _for_given(h.pre, X)), h.post, h.res, raw, r
 
 
 def pre_backward(
@@ -61,7 +61,11 @@ def boundary(
 ) -> Outputs:  # fmt: skip
     """As in aten.py: X', u', H_post', H_res', raw', r'."""
     inner = _inner(X, y, phi)
-    state, raw, r = inner.post_project(X, y, h_post, h_res, phi, eps)
+    if is_static(kind):
+        state: Tensor = torch.ops.mhc_rewrite.post(X, y, h_post, h_res, "")
+        raw, r = _nothing_projected(X, phi)
+    else:
+        state, raw, r = inner.post_project(X, y, h_post, h_res, phi, eps)
     h = _coefficients(raw, alpha, bias, kind, iterations)
     return state, inner.read(state, h.pre), h.post, h.res, raw, r
 
@@ -79,19 +83,26 @@ def boundary_backward(
     return *inner.post_project_backward(g_state, g_u, h_pre, g_raw, *operands), *g_scales
 
 
-def source_of(kind: str) -> str:
-    """A name for what the function computes, for the keys of compiled graphs."""
+def name_of_function(kind: str, columns: int) -> str:
+    """A name for what the function computes, for the keys of compiled graphs; empty where kernels do.
+
+    It is that of the graph, and not of the source: a function may call what lies in any file.
+    """
     name = name_of(kind)
-    if name in KINDS:
-        return ""
-    try:
-        source = inspect.getsource(inspect.getmodule(FUNCTIONS[name].run) or FUNCTIONS[name].run)
-    except (OSError, TypeError):  # written at a prompt: nothing says what it will be in another process
-        source = _HERE
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
+    return "" if name in KINDS else _name_of_graph(FUNCTIONS[name], streams_of(columns, kind), columns)
 
 
-_HERE = uuid.uuid4().hex
+@functools.cache
+def _name_of_graph(function: Function, n: int, columns: int) -> str:
+    graph = _traced(
+        function, lambda raw, alpha, bias: tuple(function(raw, alpha, bias, n)), ((_TOKENS, columns), (3,), (columns,))
+    )
+    constants = [getattr(graph, str(node.target)).tolist() for node in graph.graph.nodes if node.op == "get_attr"]
+    return hashlib.sha256(f"{graph.code}\n{constants}".encode()).hexdigest()[:12]
+
+
+def _nothing_projected(X: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    return phi.new_empty(X.shape[0], 0), phi.new_ones(X.shape[0], 1)
 
 
 def _for_given(h_pre: Tensor, X: Tensor) -> Tensor:
@@ -108,9 +119,9 @@ def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iteration
     if name in KINDS:
         made = Coefficients(*torch.ops.mhc_rewrite.pre(*_alone(bias, n), name, iterations, 1.0, "")[:3])
     elif is_static(kind):
-        made = Coefficients(*FUNCTIONS[name].run(bias.new_zeros(1, len(bias)), bias.new_zeros(3), bias, n))
+        made = Coefficients(*FUNCTIONS[name](bias.new_zeros(1, len(bias)), bias.new_zeros(3), bias, n))
     else:
-        made = Coefficients(*FUNCTIONS[name].run(raw, alpha, bias, n))
+        made = Coefficients(*FUNCTIONS[name](raw, alpha, bias, n))
     every = (h.to(bias.dtype).expand(tokens, *h.shape[1:]) for h in made)
     return Coefficients(*(h.clone(memory_format=torch.contiguous_format) for h in every))
 
@@ -130,7 +141,7 @@ def _gradients(
         h_pre = torch.ops.mhc_rewrite.pre(*site, name, iterations, 1.0, "")[0]
         *_, g_alpha, g_bias = torch.ops.mhc_rewrite.pre_backward(*gradients, *site, of_raw, r, name, iterations)
     else:
-        graph = gradients_of(FUNCTIONS[name].run, n, len(bias), bias.dtype, bias.device)
+        graph = gradients_of(FUNCTIONS[name], n, len(bias), bias.dtype, bias.device)
         h_pre, of_raw, g_alpha, g_bias = graph(*gradients, of_raw, alpha, bias)
     g_raw = torch.zeros_like(raw) if is_static(kind) else of_raw.contiguous()
     return h_pre.expand(tokens, n).contiguous(), g_raw, g_alpha, g_bias
@@ -146,29 +157,49 @@ def _alone(bias: Tensor, n: int) -> Outputs:
 
 
 @functools.cache
-def gradients_of(
-    function: Callable[..., Any], n: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> fx.GraphModule:
+def gradients_of(function: Function, n: int, columns: int, dtype: torch.dtype, device: torch.device) -> fx.GraphModule:
     """(g_pre, g_post, g_res, raw, alpha, bias) -> (H_pre, g_raw, g_alpha, g_bias), as a graph of aten for any T."""
 
-    def gradients(g_pre: Tensor, g_post: Tensor, g_res: Tensor, *inputs: Tensor) -> Outputs:
-        inputs = tuple(x.detach().requires_grad_() for x in inputs)
-        made = function(*inputs, n)
+    def gradients(g_pre: Tensor, g_post: Tensor, g_res: Tensor, *given: Tensor) -> Outputs:
+        raw, alpha, bias = inputs = tuple(x.detach().requires_grad_() for x in given)
+        made = function(raw, alpha, bias, n)
         # One that depends on nothing has no gradient to begin with: an H_res that is always the identity.
-        outputs, given = zip(*((h, g) for h, g in zip(made, (g_pre, g_post, g_res)) if h.requires_grad))
-        grads = torch.autograd.grad(outputs, inputs, given, materialize_grads=True)
+        outputs, of_outputs = zip(*((h, g) for h, g in zip(made, (g_pre, g_post, g_res)) if h.requires_grad))
+        grads = torch.autograd.grad(outputs, inputs, of_outputs, materialize_grads=True)
         return made[0].detach(), *grads
 
+    sizes = ((_TOKENS, n), (_TOKENS, n), (_TOKENS, n, n), (_TOKENS, columns), (3,), (columns,))
+    return _traced(function, gradients, sizes, dtype, device)
+
+
+def _traced(
+    function: Function, run: Callable[..., Any], sizes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+) -> fx.GraphModule:  # fmt: skip
+    """The graph of what `run` does with a function.
+
+    Raises:
+        KernelError: it asks for what only the tensors of one call have.
+    """
+
     def made() -> fx.GraphModule:
-        sizes = ((_TOKENS, n), (_TOKENS, n), (_TOKENS, n, n), (_TOKENS, columns), (3,), (columns,))
-        graph = graph_of(gradients, *(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
+        graph = graph_of(run, *(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph
 
     # In a thread of its own: whoever asks may be tracing, and modes of dispatch are a thread's.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(made).result()
+        try:
+            return pool.submit(made).result()
+        except KernelError:
+            raise
+        except Exception as error:  # torch has one for each way in which a value can be asked for
+            raise KernelError(
+                f"{function} can't be traced ({type(error).__name__}: {str(error).splitlines()[0]}). A connection's "
+                "function is for any number of tokens, and must not look at values: write torch.where for a branch on "
+                "them, and make tensors on raw's device."
+            ) from error
 
 
 # -- the inner operators -----------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mhc_rewrite.errors import KernelError
+
 MAX_STREAMS = 16  # what the kernels are written for
 
 
@@ -57,6 +59,26 @@ class Function:
 
     run: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     columns: Callable[[int], int]
+
+    def __call__(self, raw: Tensor, alpha: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `run` returns.
+
+        Raises:
+            KernelError: it has other shapes, which kernels would read beyond.
+        """
+        made = self.run(raw, alpha, bias, n)
+        shapes = [tuple(h.shape[1:]) if isinstance(h, Tensor) else None for h in made]
+        if shapes != [(n,), (n,), (n, n)]:
+            raise KernelError(
+                f"{self} returned {shapes} for each of the tokens: a connection's function returns H_pre (T, {n}), "
+                f"H_post (T, {n}) and H_res (T, {n}, {n}) for raw (T, {raw.shape[-1]})."
+            )
+        return made
+
+    def __str__(self) -> str:
+        code = getattr(self.run, "__code__", None)
+        where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        return getattr(self.run, "__qualname__", repr(self.run)) + where
 
 
 FUNCTIONS: dict[str, Function] = {}

@@ -48,7 +48,7 @@ Outputs = tuple[Tensor, ...]
 
 def pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
     """u, H_post, H_res, raw, r of the site whose state is X."""
-    return pre_operator(X, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind))
+    return pre_operator(X, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind, bias))
 
 
 def post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -66,23 +66,29 @@ def boundary(
     kind: str, iterations: int, eps: float,
 ) -> Outputs:  # fmt: skip
     """X', u', H_post', H_res', raw', r': `post` of one site and `pre` of the next in one."""
-    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind))
+    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind, bias))
 
 
-def _code_in_graphs(kind: str = "mhc") -> str:
-    return _code(kind) if torch.compiler.is_compiling() else ""
+def _code_in_graphs(kind: str = "", bias: Tensor | None = None) -> str:
+    if not torch.compiler.is_compiling():
+        return ""
+    return _code() if bias is None or kind in KINDS else f"{_code()}, {_function(kind, bias.shape[-1])}"
 
 
 @constant_while_tracing
-def _code(kind: str) -> str:
+def _code() -> str:
     """What an operator becomes in a compiled graph, as a name; its last argument there.
 
     Compiled graphs are cached on disk by the calls in them. A call of this project's operators alone would not say
     which aten stood for it when the graph was compiled, or whether a kernel did.
     """
     sources = "".join(inspect.getsource(module) for module in (aten, composed, cpu, sys.modules[__name__]))
-    sources += composed.source_of(kind)
     return f"{hashlib.sha256(sources.encode()).hexdigest()[:12]}, CPU kernels: {cpu.available()}"
+
+
+@constant_while_tracing
+def _function(kind: str, columns: int) -> str:
+    return composed.name_of_function(kind, columns)
 
 
 def _kernels(X: Tensor, y: Tensor | None, coefficients: Tensor, kind: str) -> ModuleType:

@@ -91,7 +91,7 @@ def coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations
         made = coefficients(bias.new_zeros(bias.shape[-1]), bias.new_zeros(3), bias, name, iterations)
         return Coefficients(*(h.expand(*leading, *h.shape) for h in made))
     if name in FUNCTIONS:
-        of_tokens = FUNCTIONS[name].run(raw.reshape(-1, bias.shape[-1]), alpha, bias, n)
+        of_tokens = FUNCTIONS[name](raw.reshape(-1, bias.shape[-1]), alpha, bias, n)
         return Coefficients(*(h.reshape(*raw.shape[:-1], *h.shape[1:]) for h in of_tokens))
     rules = KINDS[kind]
     scale = torch.cat([a.expand(size) for a, size in zip(alpha.unsqueeze(-1).unbind(), (n, n, n * n))])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite.config import MAPPINGS, MHCConfig
-from mhc_rewrite.connections import CONNECTIONS
+from mhc_rewrite.connections import connection_of
 from mhc_rewrite.errors import SitesError
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.kinds import static
@@ -91,7 +91,7 @@ class HyperConnection(KeepsPrecision):
         self.reset_parameters()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return CONNECTIONS[self.config.connection].shapes(self.config.n, self.width)
+        return connection_of(self.config.connection).shapes(self.config.n, self.width)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -99,7 +99,7 @@ class HyperConnection(KeepsPrecision):
 
         Sharded ones (DTensor) get what the first rank draws: every rank that holds a part of them has to call this.
         """
-        start = CONNECTIONS[self.config.connection].starts[self.config.init]
+        start = connection_of(self.config.connection).starts[self.config.init]
         form: Any = {"dtype": self.bias.dtype, "device": self.bias.device}
         mine = {name: getattr(self, name) for name in self._shapes()}
         made = {
@@ -212,24 +212,26 @@ class HyperConnection(KeepsPrecision):
         Never narrower than fp32: a policy of mixed precision (FSDP) hands over parameters in bf16, and what is made of
         them in bf16 is an H_res whose rows sum to 1 within 2e-3 only.
         """
-        config, connection = self.config, CONNECTIONS[self.config.connection]
+        config, connection = self.config, connection_of(self.config.connection)
         dtype = torch.promote_types(torch.promote_types(streams, self.bias.dtype), torch.float32)
+        bias: Tensor = self.bias
         phi, alpha, kind = self.phi, self.alpha, config.connection
         if not config.dynamic:
             phi, alpha = self.bias.new_empty(config.n * self.width, 0), self.bias.new_zeros(3)
             kind = static(kind)
         elif connection.projection is not None:
             phi = connection.projection(phi, config.n)
-        operands = (self._learning(operand.to(dtype)) for operand in (phi, alpha, self.bias))
-        return *operands, kind, config.sinkhorn_iterations, config.eps_norm
+        if len(config.learn) < len(MAPPINGS):
+            columns = [config.n, config.n, len(bias) - 2 * config.n]
+            bias = self._learning(bias, columns)
+            if config.dynamic:
+                phi, alpha = self._learning(phi, columns), self._learning(alpha, [1, 1, 1])
+        return *(operand.to(dtype) for operand in (phi, alpha, bias)), kind, config.sinkhorn_iterations, config.eps_norm
 
-    def _learning(self, operand: Tensor) -> Tensor:
+    def _learning(self, operand: Tensor, sizes: list[int]) -> Tensor:
         """The operand, whose columns of mappings that are not to learn hand no gradient on."""
-        learn, n, columns = self.config.learn, self.config.n, operand.shape[-1]
-        if len(learn) == len(MAPPINGS) or columns == 0:
-            return operand
-        parts = operand.split([1, 1, 1] if columns == len(MAPPINGS) else [n, n, columns - 2 * n], dim=-1)
-        return torch.cat([p if name in learn else p.detach() for name, p in zip(MAPPINGS, parts, strict=True)], dim=-1)
+        parts = zip(MAPPINGS, operand.split(sizes, dim=-1), strict=True)
+        return torch.cat([part if name in self.config.learn else part.detach() for name, part in parts], dim=-1)
 
     def _tokens_last(self, streams: Tensor) -> Tensor:
         """(tokens, n, C)."""

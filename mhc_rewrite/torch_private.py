@@ -120,16 +120,18 @@ def decompose_in_compiled_graphs(
     operator.register_torch_dispatch(FunctionalTensorMode, rule)
 
 
-def graph_of(function: Callable[..., Any], *example: Tensor) -> torch.fx.GraphModule:
-    """What `function` does to tensors of any sizes, as a graph of aten, gradients that it asks autograd for included.
+def graph_of(function: Callable[..., Any], *example: Tensor, any_size: bool) -> torch.fx.GraphModule:
+    """What `function` does to these tensors, or to such of any sizes, as a graph of aten, with gradients that it asks
+    autograd for.
 
     `torch.export` takes modules, and no calls of autograd in them. `make_fx` is what it is made of, and not promised to
     stay. Should it go, connections without kernels of their own have no gradients, and tests/test_connections.py fails
-    first.
+    first. While `torch.export` traces, in whatever thread, its own mode takes symbolic sizes for its own: only graphs
+    for the example's sizes can be had then.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(function, tracing_mode="symbolic")(*example)
+    return make_fx(function, tracing_mode="symbolic" if any_size else "real")(*example)
 
 
 def never_an_input_of_graphs(kind: type[Tensor]) -> None:

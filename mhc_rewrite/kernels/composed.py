@@ -94,9 +94,10 @@ def name_of_function(kind: str, columns: int) -> str:
 
 @functools.cache
 def _name_of_graph(function: Function, n: int, columns: int) -> str:
-    graph = _traced(
-        function, lambda raw, alpha, bias: tuple(function(raw, alpha, bias, n)), ((_TOKENS, columns), (3,), (columns,))
-    )
+    def run(raw: Tensor, alpha: Tensor, bias: Tensor) -> Outputs:
+        return tuple(function(raw, alpha, bias, n))
+
+    graph = _traced(function, run, ((_TOKENS, columns), (3,), (columns,)), any_size=False)
     constants = [getattr(graph, str(node.target)).tolist() for node in graph.graph.nodes if node.op == "get_attr"]
     return hashlib.sha256(f"{graph.code}\n{constants}".encode()).hexdigest()[:12]
 
@@ -169,12 +170,12 @@ def gradients_of(function: Function, n: int, columns: int, dtype: torch.dtype, d
         return made[0].detach(), *grads
 
     sizes = ((_TOKENS, n), (_TOKENS, n), (_TOKENS, n, n), (_TOKENS, columns), (3,), (columns,))
-    return _traced(function, gradients, sizes, dtype, device)
+    return _traced(function, gradients, sizes, dtype, device, any_size=True)
 
 
 def _traced(
     function: Function, run: Callable[..., Any], sizes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, any_size: bool,
 ) -> fx.GraphModule:  # fmt: skip
     """The graph of what `run` does with a function.
 
@@ -183,7 +184,8 @@ def _traced(
     """
 
     def made() -> fx.GraphModule:
-        graph = graph_of(run, *(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
+        zeros = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
+        graph = graph_of(run, *zeros, any_size=any_size)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph

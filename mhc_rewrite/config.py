@@ -39,7 +39,7 @@ class MHCConfig:
             `"equal"`. `"near_identity"`: equal streams and an H_res that hardly moves. `"paper"`: arXiv:2512.24880.
         connection: how H_pre, H_post and H_res are made: a name in `mhc_rewrite.connections.CONNECTIONS`.
         dynamic: whether coefficients are made from each token's streams. False takes them from the bias alone, alike
-            for all tokens: sites have no phi and no alpha, and cost next to nothing.
+            for all tokens: sites have no phi and no alpha, and project nothing.
         learn: the mappings whose parameters get gradients; for ablations, "pre", "post" and "res" by default. Weight
             decay, which an optimizer may apply all the same, has to be off for sites, as in `parameter_groups`.
         sinkhorn_iterations: column and row normalisations of H_res, an int >= 1; the paper uses 20 [9].

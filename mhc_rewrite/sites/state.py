@@ -119,12 +119,19 @@ def is_state(value: Any) -> bool:
 
 def streams_of(state: StreamState) -> Tensor:
     """The streams, a plain tensor."""
-    if torch.compiler.is_compiling() or not _is_memory(state):
-        if state.streams is None:
-            torch._dynamo.graph_break()
-        return state.streams  # type: ignore[return-value]
+    if state.streams is not None and (torch.compiler.is_compiling() or not _is_memory(state)):
+        return state.streams
+    return in_eager(state) if torch.compiler.is_compiling() else _from_memory(state)
+
+
+def _from_memory(state: StreamState) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         return state.as_subclass(Tensor)
+
+
+# The same for compiled code, whose graph ends there: `meet_dynamo` sees to it. A function of autograd that hands on its
+# arguments, as FSDP's does, makes a state whose graph is known to autograd alone.
+in_eager = _from_memory
 
 
 def plain(value: Any) -> Any:
@@ -224,6 +231,8 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
         return None if other is None else spread_gradient(other, gradient, dim)
 
     with torch._C.DisableTorchFunctionSubclass():
+        if _is_memory(state) and not torch.compiler.is_compiling():
+            state.streams = state.as_subclass(Tensor)  # by the state itself, or the hook would not see it
         return state.register_hook(seen)
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,17 +36,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_rewrite import mhcify, parameter_groups
-from mhc_rewrite.distributed import check_sites, shard_sites
+from mhc_rewrite.distributed import check_sites, pipeline_stage, shard_sites
 
 LAYERS, WIDTH, HEADS = 4, 64, 4
 RATE, SITE_RATE, WEIGHT_DECAY, LARGEST_NORM = 2e-3, 1e-2, 0.1, 1.0
+MICROBATCHES = 4
 CHECKED = 3  # steps
 TOLERANCES = {False: (1e-5, 1e-4), True: (1e-2, 0.2)}  # --bf16: of the loss, of gradients
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names: parameter groups may differ between processes
+Step = Callable[[Tensor], Tensor | None]  # a process's tokens -> their loss, where it has it; gradients are there then
 
 
 class Way(str, Enum):
@@ -54,6 +57,8 @@ class Way(str, Enum):
 
     ddp = "ddp"
     fsdp = "fsdp"
+    pp = "pp"
+    fsdp_pp = "fsdp+pp"
 
 
 # -- the model: nothing in it knows of streams or of processes ---------------------------------------------------------
@@ -117,46 +122,16 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
 # -- the ways ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a process has of the model.
-
-    Attributes:
-        module: its parameters have the names that they have in the model.
-        step: this process's tokens -> their loss, None where another process has it; gradients are there then.
-        mesh: of all processes; the batch is divided along its dimension "dp", if it has one.
-    """
-
-    module: nn.Module
-    step: Callable[[Tensor], Tensor | None]
-    mesh: DeviceMesh
-
-    def share(self, tokens: Tensor) -> Tensor:
-        names = self.mesh.mesh_dim_names or ()
-        return tokens.chunk(self.mesh["dp"].size())[self.mesh["dp"].get_local_rank()] if "dp" in names else tokens
+def ddp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, Step]:
+    """Every process has the model, and a part of the batch."""
+    wrapped = DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+    return model, in_one_call(wrapped, bf16)
 
 
-def in_one_call(model: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
-    """A step of what is called as a whole."""
-
-    def step(tokens: Tensor) -> Tensor:
-        with autocast(tokens.device, bf16):
-            loss = loss_of(model(tokens), tokens)
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def ddp(model: nn.Module, device: torch.device, bf16: bool) -> Part:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    return Part(model, in_one_call(DistributedDataParallel(model), bf16), mesh)
-
-
-def fsdp(model: nn.Module, device: torch.device, bf16: bool) -> Part:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+def fsdp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, Step]:
+    """Every process keeps a part of each parameter, and has a part of the batch."""
     shard(model, mesh, bf16)
-    return Part(model, in_one_call(model, bf16=False), mesh)
+    return model, in_one_call(model, bf16=False)
 
 
 def shard(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
@@ -165,17 +140,90 @@ def shard(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
     policy = MixedPrecisionPolicy(**dtypes)
-    shard_sites(model, mesh)  # before the layers: stay in fp32
+    shard_sites(model, mesh["dp"])  # before the layers: they stay in fp32
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh["dp"], mp_policy=policy)
+    fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
 
 
-WAYS = {Way.ddp: ddp, Way.fsdp: fsdp}
+def pp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, Step]:
+    """Every process has some of the layers, and all of the batch goes through them in microbatches."""
+    stage = stage_of(model, mesh)
+    return stage, through_stages(stage, mesh, bf16)
+
+
+def fsdp_pp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, Step]:
+    """Two stages, each sharded over half of the processes."""
+    stage = stage_of(model, mesh)
+    shard(stage, mesh, bf16)
+    return stage, through_stages(stage, mesh, bf16=False)
+
+
+def stage_of(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Between stages pass the n streams."""
+    count, mine = mesh["pp"].size(), mesh["pp"].get_local_rank()
+    names = [f"layers.{k}" for k in range(LAYERS)]
+    size = -(-LAYERS // count)
+    first, last = ["bytes", "places"], ["norm", "head"]
+    names = first * (mine == 0) + names[mine * size : (mine + 1) * size] + last * (mine == count - 1)
+    microbatch = BATCH // mesh["dp"].size() // MICROBATCHES
+    example = torch.zeros(microbatch, LENGTH, dtype=torch.long, device=mesh.device_type)
+    return pipeline_stage(model, names, (example,))
+
+
+def through_stages(stage: nn.Module, mesh: DeviceMesh, bf16: bool) -> Step:
+    """A step of what is called microbatch by microbatch."""
+    mine, last = mesh["pp"].get_local_rank(), mesh["pp"].size() - 1
+    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    run = PipelineStage(stage, mine, last + 1, device, group=mesh["pp"].get_group())
+    schedule = Schedule1F1B(run, MICROBATCHES, loss_fn=loss_of)
+
+    def step(tokens: Tensor) -> Tensor | None:
+        losses: list[Tensor] = []
+        with autocast(tokens.device, bf16):
+            schedule.step(*[tokens] * (mine == 0), target=tokens if mine == last else None, losses=losses)
+        return torch.stack(losses).mean().detach() if mine == last else None
+
+    return step
+
+
+def in_one_call(model: nn.Module, bf16: bool) -> Step:
+    """A step of what is called as a whole."""
+
+    def step(tokens: Tensor) -> Tensor | None:
+        with autocast(tokens.device, bf16):
+            loss = loss_of(model(tokens), tokens)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+# How many stages, parts of the batch and parts of each layer there are, of so many processes; and what makes them.
+WAYS = {
+    Way.ddp: (lambda world: (1, world, 1), ddp),
+    Way.fsdp: (lambda world: (1, world, 1), fsdp),
+    Way.pp: (lambda world: (world, 1, 1), pp),
+    Way.fsdp_pp: (lambda world: (2, world // 2, 1), fsdp_pp),
+}
 
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def mesh_of(stages: int, batches: int, parts: int, device: torch.device) -> DeviceMesh:
+    world = dist.get_world_size()
+    if (
+        stages * batches * parts != world
+        or LAYERS % stages
+        or HEADS % parts
+        or BATCH % (batches * MICROBATCHES ** (stages > 1))
+    ):
+        raise typer.BadParameter(
+            f"{world} processes do not share {LAYERS} layers, {HEADS} heads and batches of {BATCH} evenly: take 1, 2 or 4."
+        )
+    return init_device_mesh(device.type, (stages, batches, parts), mesh_dim_names=("pp", "dp", "tp"))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -185,6 +233,11 @@ def batch(text: Tensor, seed: int, step: int, device: torch.device) -> Tensor:
     """(BATCH, LENGTH) pieces from random places: those of a step, whoever asks."""
     starts = torch.randint(len(text) - LENGTH + 1, (BATCH, 1), generator=torch.Generator().manual_seed(seed + step))
     return text[starts + torch.arange(LENGTH)].long().to(device)
+
+
+def share(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This process's part of the batch."""
+    return tokens.chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
 
 
 def optimizer(module: nn.Module) -> torch.optim.Optimizer:
@@ -198,12 +251,13 @@ def mean_of_all(loss: Tensor | None, device: torch.device) -> float:
     return (both[0] / both[1]).item()
 
 
-def clip(part: Part) -> None:
-    """Clips by the norm of all gradients, those on other stages among them."""
-    parameters = list(part.module.parameters())
-    norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    nn.utils.clip_grads_with_norm_(parameters, LARGEST_NORM, norm)
+def clip(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Clips by the norm of all gradients, those of the other stages among them."""
+    parameters = list(module.parameters())
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    squared = norm.square()
+    dist.all_reduce(squared, group=mesh["pp"].get_group())
+    nn.utils.clip_grads_with_norm_(parameters, LARGEST_NORM, squared.sqrt())
 
 
 def whole(value: Tensor) -> Tensor:
@@ -214,10 +268,12 @@ def gradient_error(module: nn.Module, alone: nn.Module) -> float:
     """The largest difference of a parameter's gradients, over the largest element; tiny gradients count less."""
     want = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
     floor = 1e-2 * max(float(its.abs().max()) for its in want.values())
-    errors = [0.0]
-    for name, p in module.named_parameters():
-        if p.grad is not None:
-            errors.append(float((whole(p.grad) - want[name]).abs().max() / want[name].abs().max().clamp(min=floor)))
+    errors = [
+        math.inf
+        if p.grad is None
+        else float((whole(p.grad) - want[name]).abs().max() / want[name].abs().max().clamp(min=floor))
+        for name, p in module.named_parameters()
+    ]
     return max(errors)
 
 
@@ -278,16 +334,18 @@ def train(
     way: Way, bf16: bool, steps: int, resume: bool, every: int, folder: Path, seed: int, device: torch.device
 ) -> None:
     console = Console(quiet=dist.get_rank() != 0)
+    sizes, spread = WAYS[way]
+    mesh = mesh_of(*sizes(dist.get_world_size()), device)
     text, _ = standard_library()
     torch.manual_seed(seed)
     model = mhcify(Decoder(), (batch(text, seed, 0, torch.device("cpu")),)).to(device)  # the same on all processes
     alone = copy.deepcopy(model)
-    part = WAYS[way](model, device, bf16)
-    trained, trained_alone = optimizer(part.module), optimizer(alone)
+    module, step_here = spread(model, mesh, bf16)
+    trained, trained_alone = optimizer(module), optimizer(alone)
     first = 0
     if resume:
         first, checkpoint = last_checkpoint(folder)
-        load(part.module, trained, checkpoint)
+        load(module, trained, checkpoint)
         load(alone, trained_alone, checkpoint)
     elif dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -301,20 +359,21 @@ def train(
         bar = progress.add_task("", total=steps)
         for step in range(first, first + steps):
             tokens = batch(text, seed, step, device)
-            losses.append(mean_of_all(part.step(part.share(tokens)), device))
+            losses.append(mean_of_all(step_here(share(tokens, mesh)), device))
             if step == first:
-                check_sites(part.module)  # fp32, and alike wherever two processes hold the same
+                # In fp32, and alike wherever two processes hold the same ones.
+                check_sites(module, mesh["dp"].get_group())
             if step < first + CHECKED:
                 loss_alone = step_alone(tokens)
-                errors.append((abs(losses[-1] / loss_alone.item() - 1), gradient_error(part.module, alone)))
+                errors.append((abs(losses[-1] / loss_alone.item() - 1), gradient_error(module, alone)))
                 nn.utils.clip_grad_norm_(alone.parameters(), LARGEST_NORM)
                 trained_alone.step()
                 trained_alone.zero_grad()
-            clip(part)
+            clip(module, mesh)
             trained.step()
             trained.zero_grad()
             if (step + 1) % every == 0 or step + 1 == first + steps:
-                dcp.save(saved(part.module, trained), checkpoint_id=folder / str(step + 1))
+                dcp.save(saved(module, trained), checkpoint_id=folder / str(step + 1))
             progress.update(bar, advance=1, description=f"{losses[-1]:.3f}")
     seconds = (time.perf_counter() - began) / steps
 
@@ -322,7 +381,7 @@ def train(
     worst = torch.tensor(errors).amax(dim=0).to(device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     agrees = all(error <= bound for error, bound in zip(worst.tolist(), TOLERANCES[bf16]))
-    console.print(result_table(part, losses, worst.tolist(), TOLERANCES[bf16], seconds, folder / str(first + steps)))
+    console.print(result_table(module, losses, worst.tolist(), TOLERANCES[bf16], seconds, folder / str(first + steps)))
     if not agrees:
         console.print("The processes together do not compute what one computes.")
         raise typer.Exit(1)
@@ -337,9 +396,14 @@ def settings(first: int, steps: int, seed: int) -> str:
 
 
 def result_table(
-    part: Part, losses: list[float], errors: list[float], bounds: tuple[float, float], seconds: float, checkpoint: Path
+    module: nn.Module,
+    losses: list[float],
+    errors: list[float],
+    bounds: tuple[float, float],
+    seconds: float,
+    checkpoint: Path,
 ) -> Table:
-    held = [p.to_local() if isinstance(p, DTensor) else p for p in part.module.parameters()]
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
     table = Table("", "", show_header=False)
     table.add_row("loss of the first step", f"{losses[0]:.6f}")
     table.add_row("loss of the last step", f"{losses[-1]:.6f}")

@@ -143,10 +143,14 @@ def main(
         PAGE.write_text(written(PAGE.read_text(), table))
 
 
+def marked() -> re.Pattern[str]:
+    """What stands between the marks of a page."""
+    return re.compile(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", re.DOTALL)
+
+
 def written(page: str, table: str) -> str:
     """The page with this table between its two marks."""
-    marked = re.compile(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", re.DOTALL)
-    page, count = marked.subn(lambda _: f"\n{table}\n", page)
+    page, count = marked().subn(lambda _: f"\n{table}\n", page)
     if count != 1:
         raise typer.BadParameter(f"{PAGE.name} has {count} places for the table.")
     return page

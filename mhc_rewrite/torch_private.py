@@ -93,8 +93,13 @@ def shards_take(read: Callable[[Any], Any]) -> None:
     original = DTensor.from_local
 
     @functools.wraps(original)
-    def from_local(local_tensor: Any, *args: Any, **kwargs: Any) -> DTensor:
-        return original(read(local_tensor), *args, **kwargs)
+    def from_local(
+        local_tensor: Any, device_mesh: Any = None, placements: Any = None, *args: Any, **kwargs: Any
+    ) -> DTensor:
+        value = read(local_tensor)
+        if isinstance(value, DTensor):  # the caller could not see that it is one
+            return value.redistribute(device_mesh, placements)
+        return original(value, device_mesh, placements, *args, **kwargs)
 
     DTensor.from_local = staticmethod(from_local)  # type: ignore[assignment]
 

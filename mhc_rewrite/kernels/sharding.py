@@ -6,6 +6,7 @@ The rules are taken up where an operator first sees a DTensor: what defines one 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,14 @@ _PARAMETERS = ("phi", "alpha", "bias")
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a tensor is distributed over devices."""
-    return hasattr(value, "full_tensor")
+    """Whether a tensor is distributed over devices; Dynamo knows by its class alone."""
+    kind = _dtensor()
+    return kind is not None and isinstance(value, kind)
+
+
+@constant_while_tracing
+def _dtensor() -> Any:
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # there is none before the import
 
 
 def know_dtensors() -> None:

@@ -1,0 +1,20 @@
+"""Tensor and sequence parallelism: two processes on gloo, against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ranks
+
+pytestmark = pytest.mark.slow
+
+CASES = {
+    "sites": ["sites_on_dtensors"],
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_two_processes(kind: str, tmp_path: Path) -> None:
+    ranks.run("rank_cases_tensor", *CASES[kind], folder=tmp_path)

@@ -101,7 +101,7 @@ def shards_take(read: Callable[[Any], Any]) -> None:
             return value.redistribute(device_mesh, placements)
         return original(value, device_mesh, placements, *args, **kwargs)
 
-    DTensor.from_local = staticmethod(from_local)  # type: ignore[assignment]
+    DTensor.from_local = staticmethod(from_local)  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

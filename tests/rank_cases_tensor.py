@@ -1,15 +1,15 @@
 """What tests/test_distributed_tensor.py runs in every one of its processes: tensor and sequence parallelism.
 
-A decoder in the form of torchtitan's: heads and MLPs are sharded, and between those regions every rank has a part of the
-tokens, as plain tensors (`local`) or as DTensors. All is compared with one process, sites far from their start.
+A decoder in the form of torchtitan's: heads and MLPs are sharded, and between those regions every rank has a part of
+the tokens, as plain tensors (`local`) or as DTensors. All is compared with one process, sites far from their start.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -25,18 +24,17 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
-    loss_parallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import checkpoint
 
 from mhc_rewrite import HyperConnection, MHCConfig, load_sites, mhcify, save_sites
 from mhc_rewrite.distributed import SiteParallel, check_sites, shard_sites
 from oracle import perturb
-from rank_cases import agree, gradients, refused, whole
+from rank_cases import agree, gradients, refused, sites_of, whole
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 24, 16, 4, 4
 CLOSE = 1e-4
+WHOLE = SiteParallel(sequence_sharded=False)
 
 
 # -- the model and its plans -------------------------------------------------------------------------------------------
@@ -98,12 +96,18 @@ def original(layers: int = LAYERS) -> Any:
     return Decoder(layers)
 
 
-def converted(layers: int = LAYERS, **options: Any) -> Any:
+@functools.cache
+def _converted(layers: int, **options: Any) -> Any:
     model = mhcify(original(layers), (tokens(),), **options)
     perturb(model)
     return model
 
 
+def converted(layers: int = LAYERS, **options: Any) -> Any:
+    return copy.deepcopy(_converted(layers, **options))
+
+
+@functools.cache
 def mesh() -> Any:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
@@ -114,22 +118,25 @@ def tensor_parallel() -> dict[str, Any]:
     return {f"layers.*.{name}": style for name, style in inside.items()}
 
 
-def sequence_parallel(local: bool) -> dict[str, Any]:
-    """`local`: whether what the regions hand on are plain tensors."""
+EMBED = functools.partial(RowwiseParallel, input_layouts=Replicate())
+
+
+def sequence_parallel(local: bool, embed: Any = EMBED) -> dict[str, Any]:
+    """`local`: whether what the regions hand on are plain tensors. `embed`: the style of the embedding."""
     row = RowwiseParallel(output_layouts=Shard(1), use_local_output=local)
     gather = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
     more = {"norm1": SequenceParallel(), "norm2": SequenceParallel(), "attn": gather, "mlp": gather}
     return {
         **tensor_parallel(),
         **{f"layers.*.{name}": style for name, style in {**more, "attn.out": row, "mlp.down": row}.items()},
-        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=local),
+        "embed": embed(output_layouts=Shard(1), use_local_output=local),
         "norm": SequenceParallel(),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
 
 
-def spread(model: Any, local: bool = True) -> Any:
-    return parallelize_module(model, mesh(), {**sequence_parallel(local), "": SiteParallel()})
+def spread(model: Any, local: bool = True, **more: Any) -> Any:
+    return parallelize_module(model, mesh(), {**sequence_parallel(local, **more), "": SiteParallel()})
 
 
 def loss(model: nn.Module, seed: int = 1) -> Tensor:
@@ -150,9 +157,9 @@ def as_in_one(model: nn.Module, want: tuple[Tensor, dict[str, Tensor]]) -> None:
 
 
 def collectives(model: nn.Module) -> dict[str, int]:
-    run(model)
+    loss(model).backward()
     with CommDebugMode() as seen:
-        run(model)
+        loss(model).backward()
     return {str(kind).rpartition(".")[2]: count for kind, count in seen.get_comm_counts().items()}
 
 
@@ -223,7 +230,8 @@ def sites_on_dtensors() -> None:
 
 def train(model: Any, run_model: Any = None, steps: int = 3) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
     """Of each step the loss, the gradients and their norm."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, foreach=True)  # not the sign of what rounds to zero
+    # Without a large eps, steps go by the sign of what rounds to zero.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, foreach=True)
     for seed in range(steps):
         optimizer.zero_grad()
         value, found = run(run_model or model, seed)
@@ -270,5 +278,90 @@ def trains_compiled_layers(backend: str = "aot_eager") -> None:
 def trains_inductor() -> None:
     trains_compiled("inductor")
 
+
 def trains_mhc() -> None:
     trains_compiled("mhc")
+
+
+def counts() -> None:
+    """As many collectives as in the unconverted model."""
+    alone = parallelize_module(original(), mesh(), tensor_parallel())
+    plans: list[dict[str, Any]] = [tensor_parallel(), {**tensor_parallel(), "": WHOLE}]
+    assert collectives(alone) == {"all_reduce": 24}
+    for plan in plans:
+        assert collectives(parallelize_module(converted(), mesh(), plan)) == {"all_reduce": 24}
+    for local in (True, False):
+        alone = parallelize_module(original(), mesh(), sequence_parallel(local))
+        assert collectives(spread(converted(), local)) == collectives(alone)
+        assert sorted(collectives(alone).values()) == [18, 19]
+
+
+def tensor_parallel_alone() -> None:
+    """Every rank has all tokens: sites as they are, or DTensors."""
+    want = run(converted())
+    for styles in ({}, {"": WHOLE}, {"layers.*.mhc_*": WHOLE}):
+        as_in_one(parallelize_module(converted(), mesh(), {**tensor_parallel(), **styles}), want)
+
+
+def wrong_gradients_are_found() -> None:
+    """What a site can't see."""
+    model = parallelize_module(converted(2), mesh(), sequence_parallel(True))
+    run(model)
+    refused(lambda: check_sites(model), "the gradient of layers.0.mhc_0.phi differs", "SiteParallel() of mhc_rewrite")
+    model = parallelize_module(converted(2), mesh(), {**sequence_parallel(True), "": WHOLE})
+    run(model)
+    refused(lambda: check_sites(model), "the gradient of layers.0.mhc_0.phi differs", "SiteParallel() of mhc_rewrite")
+    model = parallelize_module(converted(2), mesh(), {**tensor_parallel(), "": SiteParallel()})
+    run(model)
+    refused(lambda: check_sites(model), "mhc_0.phi is to be summed over ranks that all", "sequence_sharded=False")
+
+
+def wrong_use_is_refused() -> None:
+    refused(lambda: parallelize_module(original(2), mesh(), SiteParallel()), "Decoder without sites", "Convert")
+    refused(lambda: parallelize_module(converted(2), mesh(), {"layers.*.mlp": WHOLE}), "MLP without sites")
+    ranks = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+    refused(lambda: SiteParallel()._apply(converted(2), ranks), "mesh of 2 dimensions", 'mesh["tp"]')
+    model = spread(converted(2))
+    refused(lambda: parallelize_module(model, mesh(), WHOLE), "'layers.0.mhc_0.phi'", "distributed already")
+    sharded = shard_sites(converted(2))
+    refused(lambda: parallelize_module(sharded, mesh(), WHOLE), "before fully_shard")
+    alone = parallelize_module(converted(2), mesh(), sequence_parallel(False))
+    refused(lambda: alone(tokens()), "are DTensors, and its parameters are not", "SiteParallel")
+    site = Sites(-1).mhc_0
+    for name, p in list(site.named_parameters()):
+        site.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh(), [Replicate()])))
+    streams = torch.randn(2, 4, WIDTH, dtype=torch.float64)
+    refused(lambda: site.pre(streams), "plain tensors", "are DTensors", "SiteParallel")
+
+
+# -- what goes on working ----------------------------------------------------------------------------------------------
+
+
+def sites_keep_their_ways() -> None:
+    """Starting anew, saving and loading, dtypes, copies, recomputation."""
+    want = run(converted())
+    for length in (1, 4, "auto"):
+        for local in (True, False):
+            as_in_one(spread(converted(recompute=length), local), want)
+    model = spread(converted())
+    as_in_one(copy.deepcopy(model), want)
+    with tempfile.TemporaryDirectory() as folder:
+        save_sites(model, folder)
+        other = spread(mhcify(original(), (tokens(),)))
+        load_sites(other, folder)
+        as_in_one(other, want)
+        load_sites(original(), folder)
+        empty = spread(mhcify(original(), (tokens(),)))
+        empty.load_state_dict(other.state_dict())
+        as_in_one(empty, want)
+    half = spread(converted()).to(torch.bfloat16)
+    assert {p.dtype for site in sites_of(half) for p in site.parameters()} == {torch.float32}
+    agree(run(half)[1], run(converted().to(torch.bfloat16))[1], 0.1)
+    started = mhcify(original(), (tokens(),), init="equal")
+    values = [p.detach().clone() for site in sites_of(started) for p in site.parameters()]
+    spread(started.to("meta")).to_empty(device="cpu")
+    for site in sites_of(started):
+        site.reset_parameters()
+        assert not site.has_learned()
+    for p, q in zip([p for site in sites_of(started) for p in site.parameters()], values, strict=True):
+        assert isinstance(p, DTensor) and torch.equal(whole(p), q)

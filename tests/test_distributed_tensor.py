@@ -11,7 +11,9 @@ import ranks
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "sites": ["sites_on_dtensors"],
+    "operators": ["sites_on_dtensors"],
+    "training": ["counts", "trains"],
+    "sites": ["tensor_parallel_alone", "wrong_gradients_are_found", "wrong_use_is_refused", "sites_keep_their_ways"],
 }
 
 

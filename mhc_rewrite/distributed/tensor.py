@@ -41,15 +41,16 @@ class SiteParallel(ParallelStyle):
         sites = {name: child for name, child in module.named_modules() if isinstance(child, HyperConnection)}
         if not sites:
             raise SitesError(
-                f"SiteParallel was given for a {type(module).__name__} without sites. Convert the model first, and give "
-                'it for sites ("layers.*.mhc_*"), or for the model ("").'
+                f"SiteParallel was given for a {type(module).__name__} without sites. Convert the model first, and "
+                'give it for sites ("layers.*.mhc_*"), or for the model ("").'
             )
         for name, site in sites.items():
             for parameter, value in list(site.named_parameters(recurse=False)):
                 if isinstance(value, DTensor):
+                    where = f"{name}.{parameter}".lstrip(".")
                     raise SitesError(
-                        f"SiteParallel: {f'{name}.{parameter}'.lstrip('.')!r} in {type(module).__name__} is distributed "
-                        "already. Give it once for a site, and before fully_shard or shard_sites."
+                        f"SiteParallel: {where!r} in {type(module).__name__} is distributed already. Give it once "
+                        "for a site, and before fully_shard or shard_sites."
                     )
                 made = distribute_tensor(value, device_mesh, [Replicate()], src_data_rank=self.src_data_rank)
                 site.register_parameter(parameter, nn.Parameter(made, requires_grad=value.requires_grad))

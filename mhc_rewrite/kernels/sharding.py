@@ -31,12 +31,12 @@ def _dtensor() -> Any:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # there is none before the import
 
 
+@constant_while_tracing
 def know_dtensors() -> None:
     """Tells torch, once, how the operators take DTensors."""
     _register()
 
 
-@constant_while_tracing
 @functools.cache
 def _register() -> None:
     from torch.distributed.tensor.experimental import register_sharding

@@ -236,7 +236,7 @@ class HyperConnection(KeepsPrecision):
         Raises:
             SitesError: the parameters are one and the streams the other, and nobody said what follows for gradients.
         """
-        mine = self.phi, self.alpha, self.bias
+        mine: tuple[Any, ...] = self.phi, self.alpha, self.bias
         if is_dtensor(self.bias) == distributed:
             return mine
         if distributed or self.local_gradients is None:

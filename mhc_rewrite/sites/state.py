@@ -252,7 +252,7 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
 
     def seen(gradient: Tensor) -> Any:
         all_ranks = _whole(state, gradient)
-        other = hook(all_ranks if whole else collapse_gradient(all_ranks, dim))
+        other: Any = hook(all_ranks if whole else collapse_gradient(all_ranks, dim))
         if other is None:
             return None
         other = other if whole else spread_gradient(other, all_ranks, dim)
@@ -270,7 +270,7 @@ def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():  # the objects themselves are in the graph
         found = torch.autograd.grad(outputs, given, *plain(args), **plain(kwargs))
     return tuple(
-        collapse_gradient(_whole(x, gradient), type(x).channel_dim) if is_state(x) and gradient is not None else gradient
+        gradient if gradient is None or not is_state(x) else collapse_gradient(_whole(x, gradient), type(x).channel_dim)
         for x, gradient in zip(given, found, strict=True)
     )
 

@@ -173,9 +173,8 @@ def never_an_input_of_graphs(kind: type[Tensor]) -> None:
     config.nontraceable_tensor_subclasses.add(kind)
 
 
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+def outside_graphs(function: Callable[..., Any], why: str) -> Callable[..., Any]:
     """`function`, where Dynamo's graph breaks: it is run, and not traced."""
-    why = "a converted module sees this kind of call for the first time; call the model so once without torch.compile"
     return torch.compiler.disable(function, reason=why)
 
 

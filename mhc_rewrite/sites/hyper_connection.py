@@ -134,14 +134,14 @@ class HyperConnection(KeepsPrecision):
         """The options, which go with the parameters in every state dict."""
         return options.to_tensor(self.options(), self.bias.device)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Holds the options of weights that are being loaded against this site's.
 
         Raises:
             SitesError: they differ, so that the weights would compute another function here.
         """
-        if state.is_meta:
-            return
+        if not isinstance(state, Tensor) or state.is_meta:
+            return  # torch.distributed.checkpoint gives an object of its own where the weights have none
         # What weights of an earlier version say nothing of was as it is by default now.
         theirs, mine = {**MHCConfig().function(), **options.from_tensor(state)}, self.options()
         other = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))

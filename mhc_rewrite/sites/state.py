@@ -146,10 +146,12 @@ def is_state(value: Any) -> bool:
 
 def streams_of(state: StreamState) -> Tensor:
     """The streams, a plain tensor or a DTensor."""
-    if torch.compiler.is_compiling() or not _is_memory(state):
-        if state.streams is None:
-            torch._dynamo.graph_break()
-        return _whole(state, state.streams)  # type: ignore[arg-type]
+    if state.streams is not None and (torch.compiler.is_compiling() or not _is_memory(state)):
+        return _whole(state, state.streams)
+    return in_eager(state) if torch.compiler.is_compiling() else _from_memory(state)
+
+
+def _from_memory(state: StreamState) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         part = state.as_subclass(Tensor)
     return _whole(state, part)
@@ -158,6 +160,11 @@ def streams_of(state: StreamState) -> Tensor:
 def _whole(state: StreamState, part: Tensor) -> Tensor:
     """What lies as the state's memory does, a gradient say, as what the streams are."""
     return part if state.spread is None else state.spread.whole(part)
+
+
+# The same for compiled code, whose graph ends there: `meet_dynamo` sees to it. A function of autograd that hands on its
+# arguments, as FSDP's does, makes a state whose graph is known to autograd alone.
+in_eager = _from_memory
 
 
 def plain(value: Any) -> Any:
@@ -259,6 +266,8 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
         return other.to_local() if is_dtensor(other) else other
 
     with torch._C.DisableTorchFunctionSubclass():
+        if _is_memory(state) and not torch.compiler.is_compiling():
+            state.streams = state.as_subclass(Tensor)  # by the state itself, or the hook would not see it
         return state.register_hook(seen)
 
 

@@ -27,13 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torchvision_operators import define_torchvision_operators
 
+import rank_cases_tensor as cases
 from handmade.common import WIDTH
 from mhc_rewrite import HyperConnection, lowering, mhcify, parameter_groups
-from mhc_rewrite.distributed import check_sites, shard_sites
+from mhc_rewrite.distributed import SiteParallel, check_sites, shard_sites
 from mhc_rewrite.passes.fuse_boundaries import BOUNDARY, Fused, fuse_boundaries
 from oracle import perturb, site_parameters
 from rank_cases import (
@@ -49,7 +50,6 @@ from rank_cases import (
     shard_by_themselves,
     sites_of,
     step,
-    tensor_parallel,
     whole,
 )
 
@@ -520,15 +520,19 @@ def fsdp_traffic() -> dict[str, Any]:
     return found
 
 
-def tp_traffic() -> dict[str, Any]:
+def tensor_traffic() -> dict[str, Any]:
+    """Collectives of a step under tensor parallelism, and where tokens are sharded between its regions."""
     found = {}
-    for name, model in (("plain", plain()), ("converted", converted())):
-        tensor_parallel(model)
-        in_one(model)
-        with CommDebugMode() as seen:
-            in_one(model)
-        found[name] = sum(seen.get_comm_counts().values())
-    assert found["plain"] == found["converted"]
+    for name, plan, sites in (
+        ("tp", cases.tensor_parallel(), {}),
+        ("sp", cases.sequence_parallel(local=True), {"": SiteParallel()}),
+    ):
+        counts = [
+            cases.collectives(parallelize_module(model, cases.mesh(), styles))
+            for model, styles in ((cases.original(), plan), (cases.converted(), {**plan, **sites}))
+        ]
+        assert counts[0] == counts[1], counts
+        found[name] = " + ".join(f"{count} {kind.split('_into')[0]}" for kind, count in sorted(counts[0].items()))
     return found
 
 

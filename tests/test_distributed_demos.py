@@ -66,12 +66,7 @@ def test_the_demo_says_what_it_does_not_do(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_rows_of_the_figures() -> None:
-    table = distributed_figures.marked().search(PAGE)
-    assert table is not None
-    rows = [line.split(" | ") for line in table[0].strip().splitlines()[2:]]
-    assert [(cells[0].removeprefix("| "), cells[1]) for cells in rows] == [
-        (r.what, r.bar) for r in distributed_figures.ROWS
-    ]
+    assert list(distributed_figures.shown(PAGE)) == [row.what for row in distributed_figures.ROWS]
 
 
 @pytest.mark.parametrize("row", distributed_figures.ROWS, ids=lambda row: row.what)
@@ -80,12 +75,16 @@ def test_the_cases_of_a_row_are_there(row: distributed_figures.Row) -> None:
     assert all(callable(getattr(module, case)) for launch in row.launches for case in launch.cases)
 
 
-def test_a_table_goes_between_its_marks() -> None:
-    written = distributed_figures.written(PAGE, "| new |\n")
-    assert "\n| new |\n" in written and len(written.splitlines()) <= len(PAGE.splitlines()) + 3
-    assert distributed_figures.written(written, "| new |\n") == written
-    with pytest.raises(typer.BadParameter, match="0 places"):
-        distributed_figures.written("nothing", "| new |\n")
+def test_figures_go_between_their_marks() -> None:
+    first, *_, last = distributed_figures.ROWS
+    page = f"before\n{distributed_figures.BEGIN}{distributed_figures.END}behind\n"
+    page = distributed_figures.written(page, {last.what: "3"})
+    page = distributed_figures.written(page, {first.what: "1 + 1", last.what: "4"})
+    assert distributed_figures.shown(page) == {first.what: "1 + 1", last.what: "4"}
+    assert page.startswith("before\n") and page.endswith("behind\n")
+    assert f"| {last.what} | {last.bar} | 4 |\n" in page
+    with pytest.raises(typer.BadParameter, match="no place"):
+        distributed_figures.written("nothing", {})
 
 
 @pytest.mark.slow

@@ -123,6 +123,13 @@ def role_of(module: nn.Module) -> Role | None:
     return module.__dict__.get(_ROLE)
 
 
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module had before the conversion, as a function of the module."""
+    kind: Any = type(module)
+    original: Callable[..., Any] = getattr(kind, "_mhc_base", kind).forward
+    return original
+
+
 def lost(model: nn.Module) -> list[str]:
     """Modules whose class got another forward since it was converted, by name: fx's graph modules do so."""
     kinds = {name: type(module) for name, module in model.named_modules() if role_of(module) is not None}

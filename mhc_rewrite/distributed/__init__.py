@@ -2,5 +2,6 @@
 
 from mhc_rewrite.distributed.check import check_sites
 from mhc_rewrite.distributed.fsdp import shard_sites
+from mhc_rewrite.distributed.pipeline import pipeline_stage
 
-__all__ = ["check_sites", "shard_sites"]
+__all__ = ["check_sites", "pipeline_stage", "shard_sites"]

@@ -235,10 +235,14 @@ class MeshCost:
         return self.bytes("pipeline", tokens=tokens, messages=1)
 
 
-def on_mesh(of: Cost, mesh: Mesh) -> MeshCost:
-    """The same on a mesh."""
+def on_mesh(of: Cost, mesh: Mesh, sites_apart: bool | None = None) -> MeshCost:
+    """The same on a mesh, parameters and gradients in the streams' dtype.
+
+    Args:
+        sites_apart: as in `MeshCost`; by default where that is narrower than the sites', which one group can't hold.
+    """
     itemsize = max(stream.itemsize for stream in of.streams)
-    return MeshCost(of, mesh, itemsize, itemsize, sites_apart=itemsize < FP32)
+    return MeshCost(of, mesh, itemsize, itemsize, itemsize < FP32 if sites_apart is None else sites_apart)
 
 
 def padded(parameters: Iterable[Tensor], shards: int) -> int:

@@ -55,9 +55,7 @@ class Mesh:
             if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
                 raise ConfigError(f"{FORM}: {axis} takes a whole number of ranks from 1 on, not {ranks!r}.")
         if self.tp > 1 and self.sp > 1:
-            raise ConfigError(
-                f"sp is tp with the tokens spread out between blocks: give one of tp={self.tp}, sp={self.sp}."
-            )
+            raise ConfigError(f"sp is tp with the tokens spread out: give one of tp={self.tp} and sp={self.sp}.")
 
     @classmethod
     def parse(cls, text: str) -> Mesh:

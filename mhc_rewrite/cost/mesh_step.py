@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 from torch import nn
 
-from mhc_rewrite.cost.mesh import Mesh, MeshCost, h, m, messages, p, padded
+from mhc_rewrite.cost.mesh import Mesh, MeshCost, m, messages, p, padded
 from mhc_rewrite.cost.step import Device, Links, assumptions, estimate
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.plans import RewritePlan
@@ -46,13 +46,14 @@ class Schedule:
 
 
 SCHEDULES = {
-    # p microbatches are under way, and each of them passes p - 1 cuts forward and backward before the first rank may
-    # begin the next: no message is hidden.
-    "1F1B": Schedule(1, p - 1, 2 * (p - 1) * d * sympy.ceiling(m / p)),
-    # The first microbatch passes 2(p - 1) cuts and as many backward. From then on what is sent for one microbatch runs
-    # beside the computation of another, which is what DualPipe is for. Idle: (p - 1)(F&B + B - 3W) of its README, where
-    # a forward F, the inputs' gradients and the weights' W take a third of a stage's time each, and a rank has two.
-    "DualPipeV": Schedule(2, (p - 1) / 3, 4 * (p - 1) * d + m * sympy.Max(0, h * d - c)),
+    # The first microbatch passes p - 1 cuts and as many backward, and no message is hidden: for each further one, but
+    # every p-th, the first rank waits for two more.
+    "1F1B": Schedule(1, p - 1, 2 * d * (m + p - 3 - sympy.floor((m - 2) / p))),
+    # The first microbatch passes 2(p - 1) cuts and as many backward. From then on messages run beside the computation
+    # of other microbatches, which is what DualPipe is for, if they take no longer than a stage's forward, c / 6; what
+    # they take longer is waited for as under 1F1B. In torch's order, in which forward and backward of two microbatches
+    # run one after the other; a forward, the inputs' gradients and the weights' take a third of a stage's time each.
+    "DualPipeV": Schedule(2, (p - 1) / 6, 4 * (p - 1) * d + (m - 1) * 2 * (p - 1) / p * sympy.Max(0, d - c / 6)),
 }  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def estimate_on_mesh(of: MeshCost, on: Device, job: Job, schedule: str) -> MeshE
     times = []
     for converted in (False, True):
         computing = original + converted * sites
-        values = {c: computing, m: job.microbatches, p: mesh.pp, h: sent, u: max(1.0, job.layers / mesh.pp)}
+        values = {c: computing, m: job.microbatches, p: mesh.pp, u: max(1.0, job.layers / mesh.pp)}
         waiting = {}
         for way in of.sent:
             seconds = sent_bytes(of, job, way, schedule)[converted] / bandwidth(mesh, way, on.links)
@@ -210,9 +211,9 @@ def mesh_assumptions(of: MeshCost, on: Device, job: Job) -> tuple[str, ...]:
         f"parameters are gathered in {of.gathered} bytes and their gradients reduced in {of.reduced}, those of sites "
         f"{apart}; gathered twice a microbatch, in a pipeline once a step; by layer, {job.layers} of them, all alike",
         "waited for, of fsdp and dp: one layer's, or what lasts longer than the computation beside it; of tp and sp: "
-        "all; of a pipeline: under 1F1B 2(p - 1) messages for each p microbatches, none of them hidden; under "
-        "DualPipeV the 4(p - 1) that fill and drain it, and what lasts longer than the computation of a microbatch",
-        "idle: p - 1 microbatches under 1F1B, a third of that under DualPipeV",
+        "all; of a pipeline: under 1F1B all that lie on the first rank's way, two a microbatch but every p-th; under "
+        "DualPipeV the 4(p - 1) that fill and drain it, and what messages take longer than a sixth of a microbatch",
+        "idle: p - 1 microbatches under 1F1B, (p - 1)/6 under DualPipeV",
         "blocks are spread evenly over tp or sp; sites are not with tp, where all its ranks hold the same streams",
         "boundaries fused, and every site's forward runs once more in backward",
         "expert and context parallelism, embedding and head, and the optimizer are left out",

@@ -343,7 +343,8 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
     step_alone = in_one_call(alone, bf16)
 
-    start_section(console, f"{way.value}{', bf16' if bf16 else ''}: {dist.get_world_size()} processes on {device.type}")
+    processes = f"{dist.get_world_size()} process{'es' * (dist.get_world_size() > 1)}"
+    start_section(console, f"{way.value}{', bf16' if bf16 else ''}: {processes} on {device.type}")
     console.print(settings(first, steps, seed), highlight=False)
     losses, errors, began = [], [], time.perf_counter()
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.description}"))

@@ -288,10 +288,10 @@ def stage_of(model: nn.Module, name: str, index: int, number: int, example: tupl
     """Some of the layers, evenly."""
     layers = [key for key, child in model.named_modules() if isinstance(child, Block)]
     each = len(layers) // number
-    mine = layers[index * each : (index + 1) * each]
+    parts = [layers[k * each : (k + 1) * each] for k in range(number)]
     if name == ORIGINAL:
-        return nn.Sequential(*(model.get_submodule(key) for key in mine))
-    return pipeline_stage(model, mine, example)
+        return nn.Sequential(*(model.get_submodule(key) for key in parts[index]))
+    return pipeline_stage(model, parts, index, example)
 
 
 def loss(out: Tensor, _: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ def main(
     n: Annotated[int, typer.Option(min=2, max=16, help="Number of streams.")] = 4,
     share: Annotated[
         float, typer.Option(min=0.01, help="What a message of n streams takes, of a rank's time for a microbatch.")
-    ] = 0.25,
+    ] = 0.15,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; in each everything runs once.")] = 9,
     quick: Annotated[bool, typer.Option(help="Sizes and rounds that show that it runs, and no more.")] = False,
     output: Annotated[Optional[Path], typer.Option("--json", help="Write the figures to this file.")] = None,  # noqa: UP045

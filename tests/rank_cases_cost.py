@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,7 @@ import rank_cases
 from mhc_rewrite import cost as costs
 from mhc_rewrite import mhcify, plan
 from mhc_rewrite.cost import Mesh, MeshCost, messages, padded
-from mhc_rewrite.distributed import pipeline_stage, shard_sites
+from mhc_rewrite.distributed import SiteParallel, pipeline_stage, shard_sites
 
 WIDTH, HIDDEN, LAYERS, ROWS, LENGTH = 16, 6, 4, 2, 5
 
@@ -169,6 +170,30 @@ def tp_bytes() -> None:
     assert got == want and want[0] == want[1] > 0
 
 
+def sp_bytes() -> None:
+    """This rank's half of the tokens between blocks; the sites' gradients are summed when they are asked for."""
+    mesh, n = init_device_mesh("cpu", (dist.get_world_size(),)), 3
+    styles: dict[str, Any] = {
+        "layers.*.norm": SequenceParallel(),
+        "layers.*.up": ColwiseParallel(input_layouts=Shard(1)),
+        "layers.*.down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    x = torch.randn(ROWS, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def step(model: Any) -> None:
+        model.zero_grad()
+        rank_cases.loss(model(x.chunk(mesh.size(), 1)[dist.get_rank()])).backward()
+        for name, p in model.named_parameters():
+            if ".mhc_" in name:
+                rank_cases.whole(p.grad)
+
+    of = of_plan(Mesh(sp=mesh.size()), n)
+    want = of.bytes("tensor", tokens=ROWS * 6)
+    alone = parallelize_module(plain(), mesh, styles)
+    model = parallelize_module(converted(n), mesh, {**styles, "": SiteParallel()})
+    assert (sent(lambda: step(alone)), sent(lambda: step(model))) == want and want[1] > want[0] > 0
+
+
 def pipelined(schedule: Any, mine: tuple[int, ...], number: int, parts: list[nn.Module]) -> int:
     """Bytes that this rank sends in a step of its stages."""
     stages: Any = [PipelineStage(part, k, number, torch.device("cpu")) for part, k in zip(parts, mine)]
@@ -197,7 +222,7 @@ def pipeline_bytes() -> None:
         names = [[f"layers.{layer}" for layer in range(k * each, (k + 1) * each)] for k in range(number)]
         for k in mine:
             if str(names[k]) not in cut:
-                cut[str(names[k])] = pipeline_stage(model, names[k], (batch(),))
+                cut[str(names[k])] = pipeline_stage(model, names, k, (batch(),))
         before = [nn.Sequential(*(original.get_submodule(name) for name in names[k])) for k in mine]
         after = [cut[str(names[k])] for k in mine]
         most = torch.tensor([pipelined(schedule, mine, number, parts) for parts in (before, after)])

@@ -12,5 +12,5 @@ pytestmark = pytest.mark.slow
 
 
 def test_bytes_are_the_formulas(tmp_path: Path) -> None:
-    cases = ("fsdp_bytes", "fsdp_collectives", "ddp_bytes", "tp_bytes", "pipeline_bytes")
+    cases = ("fsdp_bytes", "fsdp_collectives", "ddp_bytes", "tp_bytes", "sp_bytes", "pipeline_bytes")
     ranks.run("rank_cases_cost", *cases, folder=tmp_path)

@@ -4,6 +4,8 @@ by tests/test_distributed_cost.py."""
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -371,3 +373,22 @@ class TestCommand:
         assert (result.exit_code, result.stdout) == (2, "")
         assert "error: " in result.stderr and "Traceback" not in result.stderr
         assert message in " ".join(result.stderr.split())
+
+
+def test_the_figures_of_the_documentation() -> None:
+    """docs/performance.md, the table of the paper's model on many devices."""
+    text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d+, \w+=", line)]
+    assert len(lines) == 5
+    for where, fsdp, pipeline, *figures, theirs in lines:
+        ranks, _, name = where.partition(", ")
+        mesh = Mesh.parse(name)
+        of, job = costs.paper_on(mesh, 4)
+        assert mesh.size == int(ranks) and theirs == "6.7 %"
+        for way, cell in (("fsdp", fsdp), ("pipeline", pipeline)):
+            assert cell == ", ".join(f"{value / 1e9:.3f}" for value in costs.sent_bytes(of, job, way))
+        for schedule, waiting, overhead in zip(costs.SCHEDULES, figures[::2], figures[1::2]):
+            one = costs.estimate_on_mesh(of, costs.device("h100"), job, schedule)
+            said = [one.original.waiting, one.converted.waiting]
+            assert [float(part) for part in waiting.split(", ")] == pytest.approx(said, abs=5.1e-4)
+            assert overhead == f"{100 * one.overhead:.1f} %"

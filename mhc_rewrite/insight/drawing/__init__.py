@@ -12,7 +12,8 @@ from torch import nn
 import mhc_rewrite
 from mhc_rewrite.conversion.converted import find_converted
 from mhc_rewrite.errors import DrawingError
-from mhc_rewrite.insight.drawing.data import Picture, picture
+from mhc_rewrite.insight.drawing.data import Picture
+from mhc_rewrite.insight.drawing.reading import picture
 from mhc_rewrite.plans import RewritePlan, RewriteReport
 
 
@@ -22,27 +23,33 @@ class Drawing:
 
     Attributes:
         picture: what is drawn.
+        folded: layers that are alike are drawn once. A page begins so, and unfolds them.
     """
 
     picture: Picture
+    folded: bool = True
+
+    @property
+    def _shown(self) -> Picture:
+        return self.picture if self.folded else self.picture.unfolded()
 
     def svg(self) -> str:
         """One picture, light or dark as the reader's screen is."""
         from mhc_rewrite.insight.drawing.svg import svg
 
-        return svg(self.picture)
+        return svg(self._shown)
 
     def html(self) -> str:
         """A page of its own, that fetches nothing: layers unfold, names are searched for, hovering tells the rest."""
         from mhc_rewrite.insight.drawing.html import html
 
-        return html(self.picture)
+        return html(self.picture, self.folded)
 
     def dot(self) -> str:
         """Text for Graphviz."""
         from mhc_rewrite.insight.drawing.dot import dot
 
-        return dot(self.picture)
+        return dot(self._shown)
 
     def save(self, path: str | Path) -> Path:
         """Writes the file that the name's ending says: .svg, .html, .png or .dot.
@@ -67,7 +74,7 @@ class Drawing:
 def _png(drawing: Drawing, path: Path) -> None:
     from mhc_rewrite.insight.drawing.png import save
 
-    save(drawing.picture, path)
+    save(drawing._shown, path)
 
 
 FORMATS: dict[str, Callable[[Drawing, Path], Any]] = {
@@ -103,12 +110,12 @@ def draw(
         if mhc_rewrite.is_converted(model):
             _no_more(model, example_inputs, options, "is converted already, and drawn as it is")
             _, inner, conversion = find_converted(model)
-            return Drawing(picture(conversion.plan, inner, True, folded))
-        return Drawing(picture(mhc_rewrite.plan(model, example_inputs, **options), model, False, folded))
+            return Drawing(picture(conversion.plan, inner, True), folded)
+        return Drawing(picture(mhc_rewrite.plan(model, example_inputs, **options), model), folded)
     if isinstance(model, (RewritePlan, RewriteReport)):
         _no_more(model, example_inputs, options, "is drawn as it is")
         done = isinstance(model, RewriteReport)
-        return Drawing(picture(model.plan if isinstance(model, RewriteReport) else model, of, done, folded))
+        return Drawing(picture(model.plan if isinstance(model, RewriteReport) else model, of, done), folded)
     raise DrawingError(f"draw takes a model, a plan or a report, not {type(model).__name__}.")
 
 

@@ -97,18 +97,9 @@ def head_texts(group: Group) -> tuple[str, str, str]:
     return group.title, group.kinds, costs(group.figures) if group.sites else "no sites"
 
 
-def short(step: Step, group: Group | None) -> str:
-    """A name without that of its layer."""
-    layers = [layer.name for layer in group.layers] if group is not None else []
-    for name in sorted(layers, key=len, reverse=True):
-        if name and step.name.startswith(name + "."):
-            return step.name[len(name) + 1 :]
-    return module_name(step.name)
-
-
-def site_text(step: Step, group: Group | None) -> str:
-    """What stands below a block that has a site: the site's name, and how many numbers it adds."""
-    name = short(step, group)
+def site_text(step: Step, layer: str) -> str:
+    """What stands below a block that has a site: the site's name in its layer, and how many numbers it adds."""
+    name = step.name.removeprefix(f"{layer}.")
     return f"{name}  +{step.figures.parameters:,}" if step.figures.parameters else name
 
 

@@ -14,27 +14,26 @@ from html import escape
 from typing import Any
 
 from mhc_rewrite.insight.drawing import facts
-from mhc_rewrite.insight.drawing.data import Group, Part, Picture, Step
-from mhc_rewrite.insight.drawing.layout import Columns
+from mhc_rewrite.insight.drawing.data import Group, Layer, Part, Picture, Step
 from mhc_rewrite.insight.drawing.marks import COLOURS, Mark
-from mhc_rewrite.insight.drawing.rows import Row, columns_of, legend, paint, rows_of, step_row
+from mhc_rewrite.insight.drawing.rows import Painter, Row, layer_rows, legend, rows_of
 from mhc_rewrite.insight.drawing.svg import element, style
 from mhc_rewrite.printing import fold, module_name
 
 LAYER_HEAD = 30
 
 
-def html(picture: Picture) -> str:
-    """The page."""
+def html(picture: Picture, folded: bool = True) -> str:
+    """The page. Where it is not folded, its script unfolds it when it opens."""
     page = _Page()
     body = "".join(page.part(part) for part in picture.parts)
-    held = {"shapes": list(page.shapes), "facts": list(page.facts), "groups": page.groups}
+    held = {"facts": list(page.facts), "groups": page.groups, "folded": folded}
     data = json.dumps(held, ensure_ascii=False).replace("</", "<\\/")  # would end the script
     title = escape(picture.title)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}: streams</title><style>{_colours()}{style()}
-{_file("page.css")}</style></head><body>
+{_file("page.css")}</style></head><body>{page.defined()}
 <header><h1>{title}</h1><p>{escape(picture.about)}</p></header>
 <div class="tools">
 <input type="search" id="q" placeholder="Search a name" aria-label="Search a name" autocomplete="off">
@@ -55,74 +54,78 @@ class _Page:
     """What rows share: each drawing and each list of facts once."""
 
     def __init__(self) -> None:
-        self.shapes: dict[str, int] = {}
+        self.drawings: dict[tuple[tuple[Mark, ...], int, float], int] = {}
         self.facts: dict[facts.Facts, int] = {}
         self.groups: list[list[Any]] = []
 
     def part(self, part: Part) -> str:
-        at = columns_of(part)
-        rows = list(rows_of(part))
+        painter = Painter(part)
         out = [
             f'<section class="part" id="stream-{part.number}"><h2>{escape(part.title)}</h2>'
             f'<p class="about">{escape(part.about)}</p><div class="sides" aria-hidden="true">'
-            f'<span style="width:{at.before.width:.0f}px">before</span><span>after</span></div>'
+            f'<span style="width:{painter.at.before.width:.0f}px">before</span><span>after</span></div>'
         ]
-        for _, own in itertools.groupby(rows, key=lambda row: id(row.group)):
-            cards = list(own)
-            drawn = "".join(self.row(row, at, part) for row in cards if row.kind != "head")
-            out.append(self.card(cards[0].group, drawn, at, part) if cards[0].group is not None else drawn)
+        for _, own in itertools.groupby(rows_of(part), key=lambda row: id(row.group)):
+            rows = list(own)
+            drawn = "".join(self.row(row, painter) for row in rows if row.kind != "head")
+            out.append(self.card(rows[0].group, drawn, painter) if rows[0].group is not None else drawn)
         return "".join((*out, "</section>"))
 
-    def card(self, group: Group, drawn: str, at: Columns, part: Part) -> str:
+    def card(self, group: Group, drawn: str, painter: Painter) -> str:
         name, kind, cost = facts.head_texts(group)
         many = group.count > 1
         tag = 'button type="button" aria-expanded="false"' if many else "div"
         count = f'<span class="count">{facts.count_text(group)}</span>' if many else ""
         if many:
-            self.groups.append([self.layer(group, k, at, part) for k in range(len(group.layers))])
+            self.groups.append([self.layer(layer, group, painter) for layer in group.layers])
         number = f' data-g="{len(self.groups) - 1}"' if many else ""
         return (
-            f'<div class="{"card many" if many else "card"}"{number} style="max-width:{at.width:.0f}px">'
-            f'<{tag} class="head">'
-            f'<span class="name mono">{escape(name)}</span><span class="kind">{escape(kind)}</span>{count}'
-            f'<span class="cost">{escape(cost)}</span></{tag.split()[0]}><div class="rows">{drawn}</div></div>'
+            f'<div class="{"card many" if many else "card"}"{number} style="max-width:{painter.at.width:.0f}px">'
+            f'<{tag} class="head"><span class="name mono">{escape(name)}</span>'
+            f'<span class="kind">{escape(kind)}</span>{count}<span class="cost">{escape(cost)}</span>'
+            f'</{tag.split()[0]}><div class="rows">{drawn}</div></div>'
         )
 
-    def layer(self, group: Group, place: int, at: Columns, part: Part) -> list[Any]:
-        """What the page needs to draw one layer of a group."""
-        layer = group.layers[place]
-        rows = [step_row(step, group) for step in layer.steps]
-        height = LAYER_HEAD + sum(row.height for row in rows)
-        return [module_name(layer.name), [
-            [self.shape(row, at, part), self.fact(step), module_name(step.name), _label(step)]
-            for row, step in zip(rows, layer.steps)
-        ], height]  # fmt: skip
+    def layer(self, layer: Layer, group: Group, painter: Painter) -> list[Any]:
+        """What the page needs to draw one layer: its name, its rows, and how high it will be."""
+        rows = [
+            [*self.panels(row, painter), self.fact(row.step), module_name(row.step.name), _label(row.step)]
+            for row in layer_rows(layer, group) if row.step is not None
+        ]  # fmt: skip
+        return [module_name(layer.name), rows, LAYER_HEAD + sum(row.height for row in layer_rows(layer, group))]
 
-    def row(self, row: Row, at: Columns, part: Part) -> str:
-        drawing = _panels(*paint(row, at, part), at, row.height)
+    def row(self, row: Row, painter: Painter) -> str:
+        if row.kind == "layer":
+            return f'<h3 class="lname mono">{escape(module_name(row.layer))}</h3>'
+        drawn = "".join(
+            f'<svg class="mhc {side}" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
+            f'aria-hidden="true"><use href="#d{number}"/></svg>'
+            for side, (number, width, height) in zip("ba", self.panels(row, painter))
+        )
         step = row.step
         if step is None:
-            name = f'<h3 class="lname mono">{escape(module_name(row.layer.name))}</h3>' if row.layer else ""
-            return name or f'<div class="row" aria-hidden="true">{drawing}</div>'
+            return f'<div class="row" aria-hidden="true">{drawn}</div>'
         name = _folded_name(step, row.group)
         return (
             f'<div class="row" tabindex="0" role="img" aria-label="{escape(f"{name}: {_label(step)}")}" '
-            f'data-f="{self.fact(step)}" data-n="{escape(name)}">{drawing}</div>'
+            f'data-f="{self.fact(step)}" data-n="{escape(name)}">{drawn}</div>'
         )
 
-    def shape(self, row: Row, at: Columns, part: Part) -> int:
-        return self.shapes.setdefault(_panels(*paint(row, at, part), at, row.height), len(self.shapes))
+    def panels(self, row: Row, painter: Painter) -> list[tuple[int, int, float]]:
+        """Number, width and height of the drawings before and after."""
+        panels = []
+        for marks, panel in zip(painter.paint(row), (painter.at.before, painter.at.after)):
+            key = marks, round(panel.width), row.height
+            panels.append((self.drawings.setdefault(key, len(self.drawings)), key[1], row.height))
+        return panels
 
     def fact(self, step: Step) -> int:
         return self.facts.setdefault(facts.facts(step), len(self.facts))
 
-
-def _panels(before: list[Mark], after: list[Mark], at: Columns, height: float) -> str:
-    return "".join(
-        f'<svg class="mhc {side}" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'aria-hidden="true">{"".join(map(element, marks))}</svg>'
-        for side, width, marks in (("b", at.before.width, before), ("a", at.after.width, after))
-    )
+    def defined(self) -> str:
+        """All drawings, to be used by number."""
+        drawn = (f'<g id="d{k}">{"".join(map(element, marks))}</g>' for (marks, *_), k in self.drawings.items())
+        return f'<svg class="mhc" width="0" height="0" style="position:absolute"><defs>{"".join(drawn)}</defs></svg>'
 
 
 def _folded_name(step: Step, group: Group | None) -> str:

@@ -121,6 +121,7 @@ STYLES = {
 for _k, _ in enumerate(LANES):
     STYLES[f"lane {_k}"] = Style(f"lane {_k}", width=2.6)
     STYLES[f"mix {_k}"] = Style(f"lane {_k}", width=1.1, opacity=0.6)
+    STYLES[f"faint {_k}"] = Style(f"lane {_k}", width=0.8, opacity=0.22)
     STYLES[f"take {_k}"] = Style(f"lane {_k}", width=1.3)
     STYLES[f"dot {_k}"] = Style("", f"lane {_k}")
 

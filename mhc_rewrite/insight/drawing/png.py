@@ -39,7 +39,7 @@ def save(picture: Picture, path: File) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, drawn.width), ylim=(drawn.height, 0))
     axes.set_axis_off()
-    for order, mark in enumerate(mark for block in drawn.blocks for mark in block.marks):
+    for order, mark in enumerate(mark for block in drawn.blocks for mark in block.placed()):
         artist = _artist(mark, axes)
         artist.set_zorder(order)
     FigureCanvasAgg(figure).print_png(str(path))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from mhc_rewrite.insight.drawing.data import Group, Layer, Part, Step
@@ -28,6 +29,7 @@ HEIGHTS = {
     "site": 100.0, "excluded": 100.0, "operation": 34.0, "resize": 52.0, "left alone": 32.0,
     "entry": 62.0, "exit": 72.0, "head": 48.0, "layer": 24.0, "foot": 8.0, "strip": 20.0,
 }  # fmt: skip
+Marks = tuple[Mark, ...]
 BESIDE = 24.0  # more for a site with an operation beside its block
 
 
@@ -39,15 +41,24 @@ class Row:
         kind: a key of `HEIGHTS`.
         n: streams that come in.
         step: what it shows, where it is a step.
-        group: whose head it is, and whose card it stands in; None outside of cards.
-        layer: whose head it is.
+        group: whose head it is, or in whose card it stands; None outside of cards.
+        layer: whose head it is, or to which it belongs.
     """
 
     kind: str
     n: int
     step: Step | None = None
     group: Group | None = None
-    layer: Layer | None = None
+    layer: str = ""
+
+    @property
+    def look(self) -> Hashable:
+        """What is the same for rows of one stream that look the same."""
+        if self.step is None:
+            return self.kind, self.n
+        step = self.step
+        texts = step.label, block_text(step), site_text(step, self.layer), step.rule, step.number
+        return self.kind, self.n, step.out, step.beside, self.group is None, texts
 
     @property
     def height(self) -> float:
@@ -75,12 +86,13 @@ def group_rows(group: Group) -> Iterator[Row]:
     """The rows of what repeats in a group."""
     for layer in group.pattern:
         if len(group.pattern) > 1:
-            yield Row("layer", layer.steps[0].n, group=group, layer=layer)
-        yield from (step_row(step, group) for step in layer.steps)
+            yield Row("layer", layer.steps[0].n, group=group, layer=layer.name)
+        yield from layer_rows(layer, group)
 
 
-def step_row(step: Step, group: Group) -> Row:
-    return Row(step.kind, step.n, step, group)
+def layer_rows(layer: Layer, group: Group) -> Iterator[Row]:
+    """The rows of one layer."""
+    return (Row(step.kind, step.n, step, group, layer.name) for step in layer.steps)
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
@@ -98,7 +110,7 @@ def columns_of(part: Part) -> Columns:
             for step in layer.steps:
                 if step.kind in ("site", "excluded"):
                     blocks.append(text_width(step.label, "name"))
-                    blocks.append(text_width(site_text(step, group), "mono"))
+                    blocks.append(text_width(site_text(step, layer.name), "mono"))
                     blocks.append(text_width(block_text(step), "small"))
                 else:
                     labels.append(min(300.0, text_width(step.label, "pill text")))
@@ -108,9 +120,20 @@ def columns_of(part: Part) -> Columns:
 # -- painting ----------------------------------------------------------------------------------------------------------
 
 
-def paint(row: Row, at: Columns, part: Part) -> tuple[list[Mark], list[Mark]]:
-    """The marks of a row in both panels, each from its own upper left corner."""
-    return list(_before(row, at.before, part)), list(_after(row, at.after, part))
+class Painter:
+    """Paints the rows of one stream; those that look the same once."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.at = part, columns_of(part)
+        self._painted: dict[Hashable, tuple[Marks, Marks]] = {}
+
+    def paint(self, row: Row) -> tuple[Marks, Marks]:
+        """The marks of a row before and after, each from the upper left corner of its panel."""
+        known = self._painted.get(row.look)
+        if known is None:
+            before = tuple(_before(row, self.at.before, self.part))
+            known = self._painted[row.look] = before, tuple(_after(row, self.at.after, self.part))
+        return known
 
 
 def _before(row: Row, at: Panel, part: Part) -> Iterator[Mark]:
@@ -167,7 +190,7 @@ def _after(row: Row, at: Panel, part: Part) -> Iterator[Mark]:
     elif step.kind == "excluded":
         yield from _excluded(step, at, xs, h)
     else:
-        yield from _site(step, row.group, at, xs, h)
+        yield from _site(step, row.layer, at, xs)
 
 
 def _straight(xs: tuple[float, ...], h: float) -> Iterator[Mark]:
@@ -175,13 +198,12 @@ def _straight(xs: tuple[float, ...], h: float) -> Iterator[Mark]:
         yield line(lane(k), (x, 0), (x, h))
 
 
-def _site(step: Step, group: Group | None, at: Panel, xs: tuple[float, ...], h: float) -> Iterator[Mark]:
+def _site(step: Step, layer: str, at: Panel, xs: tuple[float, ...]) -> Iterator[Mark]:
     first = 24 + (14 if step.beside else 0)
     for k, x in enumerate(xs):
-        for j, other in enumerate(xs):
-            if j != k:
-                yield curve(lane(k, "mix"), x, first, other, 76)
-    yield from _straight(xs, h)
+        crossing = [curve("", x, first, other, 76).commands for other in xs if other != x]
+        yield Path(tuple(itertools.chain(*crossing)), lane(k, "mix" if len(xs) <= 6 else "faint"))
+    yield from _straight(xs, HEIGHTS["site"] + (BESIDE if step.beside else 0))
     for k, x in enumerate(xs):
         yield branch(lane(k, "take"), x, 14, at.block, 42)
         yield branch(lane(k, "take"), x, 88, at.block, 60)
@@ -194,7 +216,7 @@ def _site(step: Step, group: Group | None, at: Panel, xs: tuple[float, ...], h: 
     yield Label(xs[0] - 9, 54, "H_res", "map", "end")
     yield Label(at.block - 8, 34, "H_pre", "map", "end")
     yield Label(at.block - 8, 78, "H_post", "map", "end")
-    yield from _block(at, step.label, site_text(step, group), "mono", "block")
+    yield from _block(at, step.label, site_text(step, layer), "mono", "block")
 
 
 def _excluded(step: Step, at: Panel, xs: tuple[float, ...], h: float) -> Iterator[Mark]:
@@ -213,7 +235,7 @@ def _excluded(step: Step, at: Panel, xs: tuple[float, ...], h: float) -> Iterato
 def _block(at: Panel, name: str, below: str, role: str, box: str) -> Iterator[Mark]:
     middle, room = (at.block + at.end) / 2, at.end - at.block - 16
     yield Box(at.block, 27, at.end - at.block, 48, box)
-    yield Label(middle, 48, fitted(name, "name", room), "name", "middle")
+    yield Label(middle, 48 if below else 56, fitted(name, "name", room), "name", "middle")
     if below:
         yield Label(middle, 65, fitted(below, role, room), role, "middle")
 

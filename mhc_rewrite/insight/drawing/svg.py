@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from mhc_rewrite.insight.drawing.marks import (
     text_width,
     wrapped,
 )
-from mhc_rewrite.insight.drawing.rows import Row, columns_of, legend, paint, rows_of
+from mhc_rewrite.insight.drawing.rows import Painter, Row, legend, rows_of
 from mhc_rewrite.printing import module_name
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
@@ -34,10 +36,23 @@ LEGEND = 22.0  # height of a line
 
 @dataclass(frozen=True)
 class Block:
-    """Marks that belong together, at their place on the page, and what is said of them."""
+    """Marks that belong together.
+
+    Attributes:
+        marks: from the upper left corner of the block.
+        x: where that is on the page.
+        y: the same.
+        told: what is said of them.
+    """
 
     marks: tuple[Mark, ...]
+    x: float = 0
+    y: float = 0
     told: str = ""
+
+    def placed(self) -> Iterator[Mark]:
+        """The marks at their place on the page."""
+        return (moved(mark, self.x, self.y) for mark in self.marks)
 
 
 @dataclass(frozen=True)
@@ -55,18 +70,18 @@ class Sheet:
 def sheet(picture: Picture) -> Sheet:
     """Head, streams, legend, and the list of what was left alone."""
     rows = [list(rows_of(part)) for part in picture.parts]
-    at = [columns_of(part) for part in picture.parts]
+    painters = [Painter(part) for part in picture.parts]
     tops = [stacked([row.height for row in own]) for own in rows]
     above = 76.0  # a part's own head
-    sizes = [(columns.width, above + top[-1]) for columns, top in zip(at, tops)]
+    sizes = [(columns.width, above + top[-1]) for columns, top in zip([painter.at for painter in painters], tops)]
     where = page(sizes, 92, 640)
     blocks = [Block(tuple(_head(picture, where)))]
     blocks += [Block(tuple(_links(picture, where, sizes)))]
-    for part, own, columns, top, spot in zip(picture.parts, rows, at, tops, where.spots):
-        blocks.append(Block(tuple(_moved(_part_head(part, columns), spot.x, spot.y))))
-        blocks.append(Block(tuple(_moved(_cards(own, top, columns), spot.x, spot.y + above))))
+    for painter, own, top, spot in zip(painters, rows, tops, where.spots):
+        blocks.append(Block(tuple(_part_head(painter.part, painter.at)), spot.x, spot.y))
+        blocks.append(Block(tuple(_cards(own, top, painter.at)), spot.x, spot.y + above))
         for row, y in zip(own, top):
-            blocks += _row(row, columns, part, spot.x, spot.y + above + y)
+            blocks += _row(row, painter, spot.x, spot.y + above + y)
     foot, end = _foot(picture, where)
     return Sheet(where.width, end, (*blocks, *foot))
 
@@ -101,18 +116,18 @@ def _cards(rows: list[Row], tops: list[float], at: Columns) -> Iterator[Mark]:
         yield Box(0, top, at.width, end - top, "card", 9)
 
 
-def _row(row: Row, at: Columns, part: Part, x: float, y: float) -> Iterator[Block]:
+def _row(row: Row, painter: Painter, x: float, y: float) -> Iterator[Block]:
+    at = painter.at
     if row.kind == "head":
-        yield Block(tuple(_moved(group_head(row, at), x, y)))
+        yield Block(tuple(group_head(row, at)), x, y)
         return
-    before, after = paint(row, at, part)
+    before, after = painter.paint(row)
     told = facts.plain(row.step) if row.step is not None else ""
-    layer = (
-        [Label(at.width - 12, 16, fitted(module_name(row.layer.name), "mono", 260), "mono", "end")] if row.layer else []
-    )
-    yield Block(
-        (*_moved(before, x + at.before.left, y), *_moved(after, x + at.after.left, y), *_moved(layer, x, y)), told
-    )
+    yield Block(before, x + at.before.left, y, told)
+    yield Block(after, x + at.after.left, y, told)
+    if row.kind == "layer":
+        name = fitted(module_name(row.layer), "mono", 260)
+        yield Block((Label(at.width - 12, 16, name, "mono", "end"),), x, y)
 
 
 def group_head(row: Row, at: Columns) -> Iterator[Mark]:
@@ -188,17 +203,33 @@ def _foot(picture: Picture, where: Page) -> tuple[list[Block], float]:
 def svg(picture: Picture) -> str:
     """One picture, as it is put into a page or a file."""
     drawn = sheet(picture)
-    body = "".join(
-        f"<g>{f'<title>{escape(block.told)}</title>' if block.told else ''}{''.join(map(element, block.marks))}</g>"
-        for block in drawn.blocks if block.marks
-    )  # fmt: skip
+    often = collections.Counter(block.marks for block in drawn.blocks)
+    names = {marks: _name(marks) for marks, count in often.items() if count > 1 and marks}
+    defined = "".join(f'<g id="{name}">{"".join(map(element, marks))}</g>' for marks, name in names.items())
+    body = "".join(_block(block, names) for block in drawn.blocks if block.marks)
     title = escape(f"{picture.title}: {picture.about}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="mhc" role="img" aria-label="{title}" '
         f'width="{_number(drawn.width)}" height="{_number(drawn.height)}" '
         f'viewBox="0 0 {_number(drawn.width)} {_number(drawn.height)}"><style>{style()}</style>'
-        f'<rect class="paper" width="100%" height="100%"/>{body}</svg>'
+        f'<defs>{defined}</defs><rect class="paper" width="100%" height="100%"/>{body}</svg>'
     )
+
+
+def _block(block: Block, names: dict[tuple[Mark, ...], str]) -> str:
+    """A block at its place; what the page has often is drawn once, and used."""
+    told = f"<title>{escape(block.told)}</title>" if block.told else ""
+    x, y = _number(block.x), _number(block.y)
+    if block.marks in names:
+        return f'<g>{told}<use href="#{names[block.marks]}" x="{x}" y="{y}"/></g>'
+    place = f' transform="translate({x} {y})"' if block.x or block.y else ""
+    return f"<g{place}>{told}{''.join(map(element, block.marks))}</g>"
+
+
+def _name(marks: tuple[Mark, ...]) -> str:
+    """The same for the same marks alone: a page may hold several pictures."""
+    drawn = "".join(map(element, marks))
+    return "m" + hashlib.sha256(drawn.encode()).hexdigest()[:12]
 
 
 def style() -> str:

@@ -7,7 +7,9 @@
   const text = (element, value) => { element.textContent = value; return element; };
 
   // -- layers ---------------------------------------------------------------------------------------------------
-  const row = ([shape, fact, name, label]) => {
+  const panel = ([number, width, height], side) => `<svg class="mhc ${side}" width="${width}" height="${height}" ` +
+    `viewBox="0 0 ${width} ${height}" aria-hidden="true"><use href="#d${number}"/></svg>`;
+  const row = ([before, after, fact, name, label]) => {
     const made = document.createElement("div");
     made.className = "row";
     made.tabIndex = 0;
@@ -15,7 +17,7 @@
     made.setAttribute("aria-label", `${name}: ${label}`);
     made.dataset.f = fact;
     made.dataset.n = name;
-    made.innerHTML = data.shapes[shape];
+    made.innerHTML = panel(before, "b") + panel(after, "a");
     return made;
   };
   const build = card => {
@@ -48,6 +50,7 @@
     const cards = all(".card.many"), open = cards.some(card => !card.classList.contains("open"));
     cards.forEach(card => toggle(card, open));
   });
+  if (!data.folded) unfoldAll.click();
   for (const side of all(".side input")) {
     side.addEventListener("change", () => document.body.classList.toggle("before", side.value === "before"));
   }
@@ -88,7 +91,7 @@
     if (!card) places.push({ key: `${one.dataset.n} ${one.getAttribute("aria-label")}`.toLowerCase(), find: () => one });
     else if (!card.dataset.seen) {
       card.dataset.seen = "1";
-      data.groups[card.dataset.g].forEach(([layer, rows], k) => rows.forEach(([, , name, label], j) => places.push({
+      data.groups[card.dataset.g].forEach(([layer, rows], k) => rows.forEach(([, , , name, label], j) => places.push({
         key: `${layer} ${name} ${label}`.toLowerCase(),
         find: () => {
           if (!card.classList.contains("open")) toggle(card, true);

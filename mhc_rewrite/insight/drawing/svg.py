@@ -212,7 +212,7 @@ def svg(picture: Picture) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" class="mhc" role="img" aria-label="{title}" '
         f'width="{_number(drawn.width)}" height="{_number(drawn.height)}" '
         f'viewBox="0 0 {_number(drawn.width)} {_number(drawn.height)}"><style>{style()}</style>'
-        f'<defs>{defined}</defs><rect class="paper" width="100%" height="100%"/>{body}</svg>'
+        f'<defs>{defined}</defs><rect class="mhc-paper" width="100%" height="100%"/>{body}</svg>'
     )
 
 
@@ -233,8 +233,10 @@ def _name(marks: tuple[Mark, ...]) -> str:
 
 
 def style() -> str:
-    """The rules for all roles: in light, and on a dark screen."""
-    rules, dark = ([f".mhc .paper{{fill:{colour('paper', night)}}}"] for night in (False, True))
+    """The rules for all roles: in light, and on a dark screen. Classes alone, since what is used elsewhere in a page
+    has no ancestors there.
+    """
+    rules, dark = ([f".mhc-paper{{fill:{colour('paper', night)}}}"] for night in (False, True))
     for role, look in STYLES.items():
         paint = [f"fill:{colour(look.fill) if look.fill else 'none'}"]
         night = [f"fill:{colour(look.fill, True)}"] if look.fill else []
@@ -250,13 +252,13 @@ def style() -> str:
                          f"{MONO if look.mono else SANS}")  # fmt: skip
             if look.mono:
                 paint.append("white-space:pre")
-        rules.append(f".mhc .{css_class(role)}{{{';'.join(paint)}}}")
-        dark.append(f".mhc .{css_class(role)}{{{';'.join(night)}}}")
+        rules.append(f".{css_class(role)}{{{';'.join(paint)}}}")
+        dark.append(f".{css_class(role)}{{{';'.join(night)}}}")
     return f"{''.join(rules)}@media screen and (prefers-color-scheme:dark){{{''.join(dark)}}}"
 
 
 def css_class(role: str) -> str:
-    return "m-" + role.replace(" ", "-")
+    return "mhc-" + role.replace(" ", "-")
 
 
 def element(mark: Mark) -> str:

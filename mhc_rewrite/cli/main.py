@@ -150,6 +150,9 @@ def draw_model(
 ) -> None:
     """Draw the model before and after: its trunks, and the streams that they would become."""
     with _working(f"Drawing {model}"):
+        from mhc_rewrite.insight.drawing import check_path
+
+        check_path(to)
         streams = number_of_streams(n)
         built, inputs = spec.load(model, config or ())
         chosen = _chosen(streams, connection, static, include, exclude)

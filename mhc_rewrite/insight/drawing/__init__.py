@@ -57,12 +57,9 @@ class Drawing:
         Raises:
             DrawingError: another ending, a place that can't be written to, or a library that is not there.
         """
-        path = Path(path)
-        write = FORMATS.get(path.suffix.lower())
-        if write is None:
-            raise DrawingError(f"{path.name!r} does not say what to draw: a name ends in {', '.join(FORMATS)}.")
+        path = check_path(path)
         try:
-            write(self, path)
+            FORMATS[path.suffix.lower()](self, path)
         except OSError as error:
             raise DrawingError(f"{path} can't be written: {error.strerror or error}.") from error
         return path
@@ -83,6 +80,20 @@ FORMATS: dict[str, Callable[[Drawing, Path], Any]] = {
     ".png": _png,
     ".dot": lambda drawing, path: path.write_text(drawing.dot(), encoding="utf-8"),
 }
+
+
+def check_path(path: str | Path) -> Path:
+    """The path, if a drawing can go there: asked before a model is planned for it.
+
+    Raises:
+        DrawingError: its ending is none of `FORMATS`, or its folder is not there.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise DrawingError(f"{path.name!r} does not say what to draw: a name ends in {', '.join(FORMATS)}.")
+    if not path.parent.is_dir():
+        raise DrawingError(f"{path} can't be written: there is no folder {str(path.parent)!r}.")
+    return path
 
 
 def draw(

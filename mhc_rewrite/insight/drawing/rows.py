@@ -159,7 +159,7 @@ def _before(row: Row, at: Panel, part: Part) -> Iterator[Mark]:
         yield line("sign", (x, 80), (x, 88))
         yield from _block(at, step.label, block_text(step), "small", "block")
         if step.beside:
-            yield from _pill(x, x, 100)
+            yield from _pill(x, x, 50)
             yield Label(at.block, 104, fitted(", ".join(step.beside), "pill text", at.end - at.block), "pill text")
     elif step.kind == "operation":
         yield from _pill(x, x, h / 2)
@@ -204,13 +204,14 @@ def _site(step: Step, layer: str, at: Panel, xs: tuple[float, ...]) -> Iterator[
         crossing = [curve("", x, first, other, 76).commands for other in xs if other != x]
         yield Path(tuple(itertools.chain(*crossing)), lane(k, "mix" if len(xs) <= 6 else "faint"))
     yield from _straight(xs, HEIGHTS["site"] + (BESIDE if step.beside else 0))
+    if step.beside:
+        yield from _pill(xs[0], xs[-1], 28)
     for k, x in enumerate(xs):
         yield branch(lane(k, "take"), x, 14, at.block, 42)
         yield branch(lane(k, "take"), x, 88, at.block, 60)
         yield Dot(x, 14, 3, lane(k, "dot"))
         yield Dot(x, 88, 3.6, lane(k, "dot"))
     if step.beside:
-        yield from _pill(xs[0], xs[-1], 28)
         text = f"beside the block: {', '.join(step.beside)}"
         yield Label(at.block, 104, fitted(text, "pill text", at.width - at.block - 4), "pill text")
     yield Label(xs[0] - 9, 54, "H_res", "map", "end")

@@ -74,8 +74,10 @@ def sheet(picture: Picture) -> Sheet:
     tops = [stacked([row.height for row in own]) for own in rows]
     above = 76.0  # a part's own head
     sizes = [(columns.width, above + top[-1]) for columns, top in zip([painter.at for painter in painters], tops)]
-    where = page(sizes, 92, 640)
-    blocks = [Block(tuple(_head(picture, where)))]
+    about = wrapped(picture.about, "text", page(sizes, 0, 640).width - 2 * MARGIN)
+    where = page(sizes, 76 + 16 * len(about), 640)
+    blocks = [Block((Label(MARGIN, 40, picture.title, "title"),))]
+    blocks += [Block((Label(MARGIN, 62 + 16 * k, text, "text"),)) for k, text in enumerate(about)]
     blocks += [Block(tuple(_links(picture, where, sizes)))]
     for painter, own, top, spot in zip(painters, rows, tops, where.spots):
         blocks.append(Block(tuple(_part_head(painter.part, painter.at)), spot.x, spot.y))
@@ -88,12 +90,6 @@ def sheet(picture: Picture) -> Sheet:
 
 def _moved(marks: Iterable[Mark], dx: float, dy: float) -> Iterator[Mark]:
     return (moved(mark, dx, dy) for mark in marks)
-
-
-def _head(picture: Picture, where: Page) -> Iterator[Mark]:
-    yield Label(MARGIN, 40, picture.title, "title")
-    for k, text in enumerate(wrapped(picture.about, "text", where.width - 2 * MARGIN)[:2]):
-        yield Label(MARGIN, 62 + 16 * k, text, "text")
 
 
 def _part_head(part: Part, at: Columns) -> Iterator[Mark]:

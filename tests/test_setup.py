@@ -150,7 +150,7 @@ def test_ci_runs_make_test() -> None:
 
 @pytest.mark.slow
 def test_demo_runs(tmp_path: Path) -> None:
-    """In a few steps, from another folder: it prints plan, layer, equality and result, and writes curves and pictures."""
+    """In a few steps, from another folder: it prints plan, layer, equality and result, and writes the pictures."""
     output = tmp_path / "out"
     arguments = (str(ROOT / "demos" / "convert_gpt.py"), "--steps", "6", "--threads", "1", "--output", str(output))
     ran = python(*arguments, folder=tmp_path, path=ROOT)

@@ -52,3 +52,7 @@ class KernelError(MHCError, ValueError):
 
 class PeerError(MHCError):
     """Another package's sites, for comparison, are not there or can't run a model."""
+
+
+class DrawingError(MHCError, ValueError):
+    """A picture can't be made of this, or can't be written there."""

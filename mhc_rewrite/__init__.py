@@ -1,5 +1,8 @@
 """Rewrites the residual streams of PyTorch models into manifold-constrained hyper-connections (arXiv:2512.24880)."""
 
+import importlib
+from typing import Any
+
 from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import Connection, register_connection
@@ -32,4 +35,16 @@ __all__ = [
     "save_sites",
     "site_parameters",
     "unmhcify",
+    "watch",
 ]
+
+_LATER = {
+    "watch": "mhc_rewrite.insight.watching.recording",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What looks at a model waits until it is asked for."""
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

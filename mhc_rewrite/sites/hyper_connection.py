@@ -159,6 +159,12 @@ class HyperConnection(KeepsPrecision):
         raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
         return reference.coefficients(raw, alpha, bias, kind, iterations)
 
+    def reading(self, streams: Tensor) -> Tensor:
+        """H_pre (tokens, n) of a state in this site's layout, by the reference."""
+        phi, alpha, bias, kind, _, eps_norm = self._operands(streams.dtype)
+        raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
+        return reference.coefficients(raw, alpha, bias, kind, iterations=1).pre  # which Sinkhorn-Knopp does not touch
+
     def forward(
         self, streams: Tensor, branch: Tensor | None = None, h_post: Tensor | None = None, h_res: Tensor | None = None
     ) -> tuple[Tensor, ...]:

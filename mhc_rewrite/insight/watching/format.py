@@ -269,14 +269,7 @@ class Writer:
 
     def __init__(self, file: str | os.PathLike[str], header: Header, resume: bool = False) -> None:
         self.file = Path(file)
-        there = self.file.exists() and self.file.stat().st_size > 0
-        if there and not resume:
-            raise RunFileError(
-                f"{self.file} is there already. Take another name, remove it, or go on in it with "
-                "watch(..., resume=True) where this run continues that one."
-            )
-        if there and not read(self.file).header.same_run(header):
-            raise RunFileError(f"{self.file} is of another model, or of other sites: take another name for this run.")
+        there = self.check(self.file, header, resume)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if there:
@@ -287,11 +280,25 @@ class Writer:
         if not there:
             self.write(header.to_dict())
 
+    @staticmethod
+    def check(file: Path, header: Header, resume: bool) -> bool:
+        """Whether a run is there that this one goes on with."""
+        there = file.exists() and (file.is_dir() or file.stat().st_size > 0)
+        if there and not resume:
+            raise RunFileError(
+                f"{file} is there already. Take another name, remove it, or go on in it with "
+                "watch(..., resume=True) where this run continues that one."
+            )
+        if there and not read(file).header.same_run(header):
+            raise RunFileError(f"{file} is of another model, or of other sites: take another name for this run.")
+        return there
+
     def write(self, line: dict[str, Any]) -> None:
         self._open.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         self._open.flush()
 
     def close(self, end: str) -> None:
+        """Says how the run ended."""
         if not self._open.closed:
             self.write({"end": end})
             self._open.close()

@@ -188,12 +188,10 @@ class Watch:
         attach(self, trainer)
         return self
 
-    def use(self, optimizer: torch.optim.Optimizer) -> None:
+    def use(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Takes an optimizer's epsilon, before anything is written."""
-        self._settings["epsilon"] = _epsilon(optimizer)
-
-    def resumes(self) -> bool:
-        return self._resume
+        if optimizer is not None:
+            self._settings["epsilon"] = _epsilon(optimizer)
 
     # -- one sample ----------------------------------------------------------------------------------------------------
 

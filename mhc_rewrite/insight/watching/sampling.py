@@ -154,11 +154,9 @@ class Sampling:
         """The operator never makes the state."""
         number, _ = self._made.get(_memory(mix.post), (None, None))
         if number is not None and self._inside:
-            some = (
-                _wide(_some(_last(x, site, axes), mix.post, self._tokens)) for x, axes in ((streams, 2), (branch, 1))
-            )
             seen = self.seen[number]
-            self.seen[number].after = state_products(reference.post(*some, seen.post, seen.res))
+            X, y = (_wide(_some(_last(x, site, k), mix.post, self._tokens)) for x, k in ((streams, 2), (branch, 1)))
+            seen.after = state_products(reference.post(X, y, seen.post, seen.res))
 
     def _see(self, site: HyperConnection, args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> None:
         if torch.compiler.is_compiling():

@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         seen: by the number of the call; in fp64.
-        gradients: squared norms, as in `Sampling`.
+        gradients: squared norms, as `Sampling.gradients` gives them.
     """
 
     seen: dict[int, Seen] = field(default_factory=dict)
@@ -45,15 +45,16 @@ def part(sampling: Sampling, loss: float | None) -> Part:
     given: list[Tensor | None] = []
     for seen in sampling.seen.values():
         given += [seen.pre, seen.post, seen.res, seen.after]
-    for gradients in sampling.gradients.values():
-        given += gradients
+    gradients = sampling.gradients()
+    for squares in gradients.values():
+        given += squares
     given.append(sampling.loss if loss is None else None)
     found = iter(to_cpu(given))
     made = Part()
     for number, seen in sampling.seen.items():
         pre, post, res, after = (next(found) for _ in range(4))
         made.seen[number] = Seen(seen.tokens, pre, post, res, after)  # type: ignore[arg-type]
-    for number in sampling.gradients:
+    for number in gradients:
         state, trunk = next(found), next(found)
         made.gradients[number] = None if state is None else float(state), float(trunk)  # type: ignore[arg-type]
     own = next(found)

@@ -78,8 +78,8 @@ FIGURES = {
     "dominant": "the largest stream's share of the sum of squares after the site: 1/n where all are as large",
     "rank": "effective rank of the streams after the site, the exponential of the entropy of their singular values' "
     "shares: 1 where all are equal, n where they are orthogonal and as large",
-    "state_gradient": "norm of the gradient of the state that the site reads, over all streams; null at a stream's "
-    "entry, where they are one tensor",
+    "state_gradient": "norm of the gradient of the state that the site reads, over all streams and tokens; null "
+    "at a stream's entry, where the streams are one tensor",
     "trunk_gradient": "norm of the sum of that gradient over the streams: the trunk's",
     **{
         f"{parameter}_{mapping}_gradient": f"norm of the gradient of {parameter}, the part that makes H_{mapping}"

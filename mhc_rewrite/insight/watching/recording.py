@@ -19,7 +19,8 @@ from mhc_rewrite.conversion.converted import find_converted, site_at
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.insight.watching.figures import OfParameters, Part, in_a_few_words, joined, part, sample, to_cpu
 from mhc_rewrite.insight.watching.format import MAPPINGS, Header, SiteCall, Writer, read
-from mhc_rewrite.insight.watching.sampling import Sampling, columns, parameter_gradients
+from mhc_rewrite.insight.watching.gradients import columns, parameter_gradients
+from mhc_rewrite.insight.watching.sampling import Sampling
 from mhc_rewrite.plans import RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 from mhc_rewrite.version import VERSION

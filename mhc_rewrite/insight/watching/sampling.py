@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_rewrite.connections import connection_of
-from mhc_rewrite.insight.watching.format import MAPPINGS
+from mhc_rewrite.insight.watching.gradients import StateGradient
 from mhc_rewrite.insight.watching.measures import state_products
+from mhc_rewrite.insight.watching.tokens import in_front, some
 from mhc_rewrite.kernels import reference
 from mhc_rewrite.sites.hyper_connection import HyperConnection, Mix
-from mhc_rewrite.sites.streams import stream_dim
-
-GOLDEN = 0.6180339887498949
 
 
 @dataclass
@@ -71,14 +68,13 @@ class Sampling:
 
     Attributes:
         seen: by the number of the call.
-        gradients: of the state that a call reads: the squared norm, None of equal streams, and that of the trunk's.
         loss: what the model returned under that name.
         compiled: whether a site ran in a compiled graph, where nothing can be seen.
     """
 
     def __init__(self, roots: Sequence[nn.Module], sites: Mapping[HyperConnection, Sequence[int]], tokens: int) -> None:
         self.seen: dict[int, Seen] = {}
-        self.gradients: dict[int, tuple[Tensor | None, Tensor]] = {}
+        self._gradients: dict[int, StateGradient] = {}
         self.loss: Tensor | None = None
         self.compiled = False
         self._sites, self._tokens = sites, tokens
@@ -142,7 +138,7 @@ class Sampling:
     def _behind(self, h_post: Tensor, site: HyperConnection, state: Tensor) -> None:
         number, _ = self._made.get(_memory(h_post), (None, None))
         if number is not None and self._inside:
-            self.seen[number].after = state_products(_wide(_some(_last(state, site, 2), h_post, self._tokens)))
+            self.seen[number].after = state_products(_wide(some(in_front(state, site, 2), h_post, self._tokens)))
 
     def _post_collapse(self, site: HyperConnection, streams: Tensor, branch: Tensor, mix: Mix) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -155,7 +151,7 @@ class Sampling:
         number, _ = self._made.get(_memory(mix.post), (None, None))
         if number is not None and self._inside:
             seen = self.seen[number]
-            X, y = (_wide(_some(_last(x, site, k), mix.post, self._tokens)) for x, k in ((streams, 2), (branch, 1)))
+            X, y = (_wide(some(in_front(x, site, k), mix.post, self._tokens)) for x, k in ((streams, 2), (branch, 1)))
             seen.after = state_products(reference.post(X, y, seen.post, seen.res))
 
     def _see(self, site: HyperConnection, args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> None:
@@ -170,91 +166,40 @@ class Sampling:
             number = next((number for number in numbers if number not in self.seen), None)
             if number is not None:
                 self._take(number, site, streams, *result[-2:])
-                self._watch_gradient(number, site, streams)
+                self._watch_gradient(number, site, args, result)
         elif self._depth == 0 and len(numbers) == 1:  # a checkpoint's forward, in backward
-            self._watch_gradient(numbers[0], site, streams)
+            self._watch_gradient(numbers[0], site, args, result)
 
     @torch.no_grad()
     def _take(self, number: int, site: HyperConnection, streams: Tensor, h_post: Tensor, h_res: Tensor) -> None:
         self._made[_memory(h_post)] = number, h_post
-        some = _some(_last(streams, site, 2), h_post, self._tokens)
-        parts = (_some(h, h_post, self._tokens) for h in (h_post, h_res))
-        self.seen[number] = Seen(math.prod(h_post.shape[:-1]), site.reading(some), *parts)
+        state = some(in_front(streams, site, 2), h_post, self._tokens)
+        parts = (some(h, h_post, self._tokens) for h in (h_post, h_res))
+        self.seen[number] = Seen(math.prod(h_post.shape[:-1]), _reading(site, state), *parts)
 
-    # -- the backward --------------------------------------------------------------------------------------------------
+    def _watch_gradient(
+        self, number: int, site: HyperConnection, args: tuple[Tensor, ...], result: tuple[Tensor, ...]
+    ) -> None:
+        if torch.is_grad_enabled() and number not in self._gradients:
+            self._gradients[number] = StateGradient(site, args, result, self._tokens)
 
-    def _watch_gradient(self, number: int, site: HyperConnection, streams: Tensor) -> None:
-        if torch.is_grad_enabled() and streams.requires_grad:
-            streams.register_hook(functools.partial(self._gradient, number, stream_dim(site.channel_dim)))
-
-    @torch.no_grad()
-    def _gradient(self, number: int, dim: int, gradient: Tensor) -> None:
-        if number not in self.gradients:  # that of another forward comes later
-            whole = None if gradient.shape[dim] == 1 else _squared_norm(gradient)
-            self.gradients[number] = whole, _squared_norm(gradient.sum(dim))
-
-
-def _squared_norm(tensor: Tensor) -> Tensor:
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=dtype).square()
+    def gradients(self) -> dict[int, tuple[Tensor | None, Tensor]]:
+        """Of the state that a call reads, where one has arrived: the squared norm, None of equal streams, and that of
+        the trunk's."""
+        found = {number: gradient.squares() for number, gradient in self._gradients.items()}
+        return {number: squares for number, squares in found.items() if squares is not None}
 
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _last(tensor: Tensor, site: HyperConnection, axes: int) -> Tensor:
-    """With the axes of streams and features, or of features alone, behind those of tokens."""
-    if site.channel_dim == -1:
-        return tensor
-    return tensor.movedim((1, 2), (-2, -1)) if axes == 2 else tensor.movedim(1, -1)
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _some(tensor: Tensor, h_post: Tensor, tokens: int) -> Tensor:
-    """(k, ...): the same tokens of whatever has H_post's leading axes."""
-    leading = h_post.shape[:-1]
-    return tensor[_places(leading, tokens, h_post.device)] if leading else tensor.unsqueeze(0)
-
-
-@functools.lru_cache(maxsize=8)
-def _places(leading: torch.Size, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Some tokens: one in each of as many equal parts, at another place in each, as the first token of every text
-    is like no other."""
-    count = math.prod(leading)
-    k = min(tokens, count)
-    flat = [min(count - 1, int((i + (i * GOLDEN) % 1) * count / k)) for i in range(k)]
-    return torch.unravel_index(torch.tensor(flat, dtype=torch.long, device=device), leading)
-
-
-# -- parameters ----------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=64)
-def columns(connection: str, n: int, width: int, logits: int) -> dict[str, list[int]]:
-    """The columns of the parameter phi that make H_pre, H_post and H_res."""
-    sizes = [n, n, logits - 2 * n]
-    kind = connection_of(connection)
-    if kind.projection is None:
-        return dict(zip(MAPPINGS, (part.tolist() for part in torch.arange(logits).split(sizes))))
-    shape = kind.shapes(n, width)["phi"]
-    marked = kind.projection(torch.arange(1.0, shape[1] + 1).expand(shape), n)  # every column by its number
-    parts = (part.unique().long() - 1 for part in marked.split(sizes, dim=-1))
-    return dict(zip(MAPPINGS, ([number for number in part.tolist() if number >= 0] for part in parts)))
-
-
-@torch.no_grad()
-def parameter_gradients(site: HyperConnection) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of phi, alpha and bias, those that have a gradient: by column its sum of squares and its largest size."""
-    found = {}
-    for name in ("phi", "alpha", "bias"):
-        parameter: Any = getattr(site, name)
-        gradient = None if parameter is None else parameter.grad
-        if gradient is not None:
-            whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-            rows = whole.reshape(-1, whole.shape[-1])
-            found[name] = rows.square().sum(0), rows.abs().amax(0)
-    return found
+def _reading(site: HyperConnection, state: Tensor) -> Tensor:
+    """H_pre (k, n) of (k, n, C)."""
+    phi, alpha, bias, kind, _, eps_norm = site.operands(state.dtype)
+    raw, _ = reference.project(state, phi, kind, eps_norm)
+    return reference.coefficients(raw, alpha, bias, kind, iterations=1).pre  # which Sinkhorn-Knopp does not touch

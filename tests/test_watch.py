@@ -18,6 +18,7 @@ from handmade.common import WIDTH, PreNorm, Stack, features
 from mhc_rewrite import HyperConnection, mhcify, watch
 from mhc_rewrite.errors import ConfigError, MHCError
 from mhc_rewrite.insight.watching.measures import of_post, of_pre, of_res, of_states, products, state_products
+from watched_models import loss_of
 
 LAYERS, N = 2, 4
 
@@ -33,10 +34,10 @@ def sites(converted: nn.Module) -> list[HyperConnection]:
 
 
 def watched(converted: nn.Module, x: Tensor | None = None, **options: Any) -> dict[str, Any]:
-    """The sample of one step; the loss is the sum of what comes out."""
+    """The sample of one step; of all tokens."""
     x = features(3, 5, WIDTH) if x is None else x
     with watch(converted, tokens=1000, **options) as seen:
-        loss = converted(x).square().mean()
+        loss = loss_of(converted(x))
         loss.backward()
         seen.step(loss)
     assert seen.line is not None
@@ -217,7 +218,7 @@ def by_hand(converted: nn.Module, x: Tensor) -> tuple[list[Any], list[Tensor], l
             X = torch.einsum("btij,btjc->btic", c.res, X) + c.post.unsqueeze(-1) * y.unsqueeze(-2)
             reads.append(type(c)(*(h.detach() for h in c)))
             after.append(X.detach())
-    converted.norm(X.mean(-2)).square().mean().backward()  # type: ignore[operator]
+    loss_of(converted.norm(X.mean(-2))).backward()  # type: ignore[operator]
     return reads, [state.grad for state in states], after  # type: ignore[misc]
 
 
@@ -277,7 +278,7 @@ def test_no_hooks_in_other_steps_and_none_behind() -> None:
     with pytest.raises(ZeroDivisionError), watch(converted, every=2) as seen:
         assert hooked() == 2, "the model's own, until it is called"
         converted(features(2, 5, WIDTH)).sum().backward()
-        assert hooked() == 2 + 2 * LAYERS
+        assert hooked() == 2 + 2 * 2 * LAYERS
         seen.step()
         assert hooked() == 0
         converted(features(2, 5, WIDTH)).sum().backward()

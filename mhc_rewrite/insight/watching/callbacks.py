@@ -49,6 +49,7 @@ def _transformers_callback(watch: Watch) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
             if logs is not None and "loss" in logs:
                 logs.update(self.found)
+                state.log_history[-1].update(self.found)
                 self.found = {}
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:

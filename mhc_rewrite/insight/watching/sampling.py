@@ -80,6 +80,7 @@ class Sampling:
         self._sites, self._tokens = sites, tokens
         self._depth = 0
         self._inside = self._done = False
+        self._args: tuple[Tensor, ...] = ()  # of the site that is called
         self._made: dict[int, tuple[int, Tensor]] = {}  # by where H_post lies: the call, and H_post, to stay there
         self._hooks = contextlib.ExitStack()
         self._posts = contextlib.ExitStack()
@@ -104,9 +105,11 @@ class Sampling:
         if self._depth == 1 and not self._done and torch.is_grad_enabled():
             self._inside = True
             for site in self._sites:
-                # Before FSDP's, which takes the parameters away behind the site.
-                handle = site.register_forward_hook(Hook(self._see), prepend=True)
-                self._hooks.callback(handle.remove)
+                # Before FSDP's, which hand the site other tensors, and take its parameters away behind it.
+                before = site.register_forward_pre_hook(Hook(self._remember), prepend=True)
+                behind = site.register_forward_hook(Hook(self._see), prepend=True)
+                self._hooks.callback(before.remove)
+                self._hooks.callback(behind.remove)
                 self._watch_post(site)
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -154,10 +157,15 @@ class Sampling:
             X, y = (_wide(some(in_front(x, site, k), mix.post, self._tokens)) for x, k in ((streams, 2), (branch, 1)))
             seen.after = state_products(reference.post(X, y, seen.post, seen.res))
 
-    def _see(self, site: HyperConnection, args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> None:
+    def _remember(self, site: HyperConnection, args: tuple[Tensor, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self._args = args
+
+    def _see(self, site: HyperConnection, _: Any, result: tuple[Tensor, ...]) -> None:
         if torch.compiler.is_compiling():
             self.compiled = True
             return
+        args, self._args = self._args, ()
         numbers = self._sites[site]
         streams = args[0] if len(args) == 1 else result[0]
         if self._inside:

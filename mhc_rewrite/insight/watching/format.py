@@ -260,7 +260,7 @@ class Writer:
 
     Args:
         file: to be made; with its folder.
-        header: the first line.
+        header: the first line, written when the second one is.
         resume: go on in a file that is there, if it is of the same model with the same sites.
 
     Raises:
@@ -269,7 +269,8 @@ class Writer:
 
     def __init__(self, file: str | os.PathLike[str], header: Header, resume: bool = False) -> None:
         self.file = Path(file)
-        there = self.check(self.file, header, resume)
+        there = self._check(self.file, header, resume)
+        self._header: Header | None = None if there else header  # to be written before the first line
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if there:
@@ -277,11 +278,9 @@ class Writer:
             self._open = self.file.open("a", encoding="utf-8")
         except OSError as error:
             raise RunFileError(f"{self.file} can't be written: {error.strerror or error}.") from error
-        if not there:
-            self.write(header.to_dict())
 
     @staticmethod
-    def check(file: Path, header: Header, resume: bool) -> bool:
+    def _check(file: Path, header: Header, resume: bool) -> bool:
         """Whether a run is there that this one goes on with."""
         there = file.exists() and (file.is_dir() or file.stat().st_size > 0)
         if there and not resume:
@@ -294,6 +293,9 @@ class Writer:
         return there
 
     def write(self, line: dict[str, Any]) -> None:
+        if self._header is not None:
+            header, self._header = self._header, None
+            self.write(header.to_dict())
         self._open.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         self._open.flush()
 

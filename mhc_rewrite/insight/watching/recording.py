@@ -96,15 +96,13 @@ class Watch:
         self.header = Header(
             type(converted).__name__, conversion.plan.config.to_dict(), self._settings, tuple(calls), VERSION
         )
-        self._file = None if to is None else Path(to)
-        self._resume = resume
         self._writer: Writer | None = None
         self._sampling: Sampling | None = None
         self._paused = contextlib.ExitStack()
         self._said: set[str] = set()
-        if self._file is not None and self._is_first():
-            Writer.check(self._file, self.header, resume)
-            if resume and self._file.exists() and (done := read(self._file).steps):
+        if to is not None and self._is_first():
+            self._writer = Writer(to, self.header, resume)
+            if resume and Path(to).stat().st_size and (done := read(to).steps):
                 self.next_step = done[-1] + 1
         self.begin(self.next_step)
 
@@ -159,8 +157,8 @@ class Watch:
         self.line = sample(
             self.header, self.next_step if step is None else step, joined(parts), parameters, notes
         )  # fmt: skip
-        if self._file is not None:
-            self._open().write(self.line)
+        if self._writer is not None:
+            self._writer.write(self.line)
         return in_a_few_words(self.header, self.line)
 
     def abandon(self) -> None:
@@ -195,12 +193,6 @@ class Watch:
             self._settings["epsilon"] = _epsilon(optimizer)
 
     # -- one sample ----------------------------------------------------------------------------------------------------
-
-    def _open(self) -> Writer:
-        if self._writer is None:
-            assert self._file is not None
-            self._writer = Writer(self._file, self.header, self._resume)
-        return self._writer
 
     def _notes(self, sampling: Sampling) -> list[str]:
         if sampling.compiled:

@@ -132,7 +132,7 @@ def positive(text: str) -> int:
     return value
 
 
-def small_gpt2() -> nn.Module:
+def small_gpt2(layers: int = 4, width: int = 128, length: int = LENGTH) -> nn.Module:
     """GPT-2's layout over bytes, with random weights and without dropout."""
     # A text model needs no torchvision, whose wheel does not load beside every build of torch: transformers, which
     # imports it wherever it is installed, is told that there is none.
@@ -141,10 +141,10 @@ def small_gpt2() -> nn.Module:
 
     config = GPT2Config(
         vocab_size=256,
-        n_layer=4,
-        n_embd=128,
+        n_layer=layers,
+        n_embd=width,
         n_head=4,
-        n_positions=LENGTH,
+        n_positions=length,
         bos_token_id=0,
         eos_token_id=0,
         resid_pdrop=0.0,

@@ -63,8 +63,9 @@ def main(
     )
     sites = len(seen.header.sites)
     table.caption = (
-        f"{layers} layers, width {width}, {sites} sites, {batch} x {length} tokens, {tokens} of them looked at; {device}, "
-        f"threads: {threads}, torch {torch.__version__}; medians of {rounds} rounds in turns. Aim: at most {AIM:.0%}."
+        f"{layers} layers, width {width}, {sites} sites, {batch} x {length} tokens, {tokens} of them looked at; "
+        f"{device}, threads: {threads}, torch {torch.__version__}; medians of {rounds} rounds in turns. "
+        f"Aim: at most {AIM:.0%}."
     )
     Console().print(table)
 

@@ -20,6 +20,7 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "__version__",
+    "ablate",
     "compile",
     "gates",
     "graphs",
@@ -34,11 +35,14 @@ __all__ = [
     "report",
     "save_sites",
     "site_parameters",
+    "stream_lens",
     "unmhcify",
     "watch",
 ]
 
 _LATER = {
+    "ablate": "mhc_rewrite.insight.ablation",
+    "stream_lens": "mhc_rewrite.insight.lens",
     "watch": "mhc_rewrite.insight.watching.recording",
 }
 

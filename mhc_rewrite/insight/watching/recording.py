@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mhc_rewrite.conversion.converted import find_converted, site_at
 from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.insight.ablation import eager
 from mhc_rewrite.insight.watching.figures import OfParameters, Part, in_a_few_words, joined, part, sample, to_cpu
 from mhc_rewrite.insight.watching.format import MAPPINGS, Header, SiteCall, Writer, read
 from mhc_rewrite.insight.watching.gradients import columns, parameter_gradients
@@ -136,10 +136,9 @@ class Watch:
         self.abandon()
         self.next_step = step
         if step % self.every == 0:
-            if "torch._dynamo" in sys.modules:  # which nothing can be compiled without
-                self._paused.enter_context(torch.compiler.set_stance("force_eager"))
-                if any(map(_is_compiled, self._roots[0].modules())):
-                    self._say("Compiled code is paused in steps that are sampled: they run eagerly.")
+            self._paused.enter_context(eager())
+            if any(map(_is_compiled, self._roots[0].modules())):
+                self._say("Compiled code is paused in steps that are sampled: they run eagerly.")
             self._sampling = Sampling(self._roots, self._sites, self.tokens)
 
     def end(self, loss: Tensor | float | None = None, step: int | None = None) -> dict[str, float]:

@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "ablate",
     "compile",
+    "draw",
     "gates",
     "graphs",
     "is_converted",
@@ -40,15 +41,16 @@ __all__ = [
     "watch",
 ]
 
+# What looks at models is imported when it is first asked for.
 _LATER = {
     "ablate": "mhc_rewrite.insight.ablation",
+    "draw": "mhc_rewrite.insight.drawing",
     "stream_lens": "mhc_rewrite.insight.lens",
     "watch": "mhc_rewrite.insight.watching.recording",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What looks at a model waits until it is asked for."""
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -9,6 +9,7 @@
     config       its options, as `MHCConfig.to_dict` gives them
     settings     `every`: a sample at every so many steps; `tokens`: how many tokens each figure is taken from, at most,
                  of each process; `epsilon`: below it the gradient of a mapping is dead
+    drawing      the model as an SVG, as text; left out where there is none
     sites        one entry a call of a site, stream after stream, in each in the order of calls; a site that is called
                  several times stands there as often. `stream` (number), `name`, `call` (0, or 1, 2, ... where the
                  name is called again), `branch`, `n`, `width`
@@ -113,11 +114,13 @@ class Header:
     settings: dict[str, Any]
     sites: tuple[SiteCall, ...]
     version: str = ""
+    drawing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "mhc_rewrite": "run", "format": FORMAT, "version": self.version, "model": self.model,
             "config": self.config, "settings": self.settings, "sites": [vars(site) for site in self.sites],
+            **({"drawing": self.drawing} if self.drawing else {}),
         }  # fmt: skip
 
     def same_run(self, other: Header) -> bool:
@@ -213,7 +216,8 @@ class Reader:
             raise RunFileError(f"{self.file} has format {data.get('format')!r}; format {FORMAT} is understood.")
         try:
             sites = tuple(SiteCall(**site) for site in data["sites"])
-            return Header(data["model"], data["config"], data["settings"], sites, data.get("version", ""))
+            return Header(data["model"], data["config"], data["settings"], sites, data.get("version", ""),
+                          data.get("drawing", ""))  # fmt: skip
         except (KeyError, TypeError) as error:
             raise RunFileError(f"The first line of {self.file} is no header of format {FORMAT}: {error}.") from error
 

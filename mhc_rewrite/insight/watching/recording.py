@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhc_rewrite.conversion.converted import find_converted, site_at
-from mhc_rewrite.errors import ConfigError
+from mhc_rewrite.errors import ConfigError, DrawingError
 from mhc_rewrite.insight.ablation import eager
+from mhc_rewrite.insight.drawing import draw
 from mhc_rewrite.insight.watching.figures import OfParameters, Part, in_a_few_words, joined, part, sample, to_cpu
 from mhc_rewrite.insight.watching.format import MAPPINGS, Header, SiteCall, Writer, read
 from mhc_rewrite.insight.watching.gradients import columns, parameter_gradients
@@ -92,15 +93,17 @@ class Watch:
         self.next_step = 0
         self._roots = [model] if model is converted else [model, converted]
         calls, self._sites = _calls(converted, conversion.plan)
+        writes = to is not None and self._is_first()
         self._settings: dict[str, Any] = {"every": every, "tokens": tokens, "epsilon": _epsilon(optimizer)}
         self.header = Header(
-            type(converted).__name__, conversion.plan.config.to_dict(), self._settings, tuple(calls), VERSION
-        )
+            type(converted).__name__, conversion.plan.config.to_dict(), self._settings, tuple(calls), VERSION,
+            _drawing(converted) if writes else "",
+        )  # fmt: skip
         self._writer: Writer | None = None
         self._sampling: Sampling | None = None
         self._paused = contextlib.ExitStack()
         self._said: set[str] = set()
-        if to is not None and self._is_first():
+        if to is not None and writes:
             self._writer = Writer(to, self.header, resume)
             if resume and Path(to).stat().st_size and (done := read(to).steps):
                 self.next_step = done[-1] + 1
@@ -274,6 +277,13 @@ def _calls(model: nn.Module, plan: RewritePlan) -> tuple[list[SiteCall], dict[Hy
 def _epsilon(optimizer: torch.optim.Optimizer | None) -> float:
     groups: Sequence[Any] = [] if optimizer is None else optimizer.param_groups
     return next((float(group["eps"]) for group in groups if group.get("eps") is not None), EPSILON)
+
+
+def _drawing(model: nn.Module) -> str:
+    """For the report; it takes a library that need not be there."""
+    with contextlib.suppress(DrawingError):
+        return draw(model).svg()
+    return ""
 
 
 def _distributed() -> bool:

@@ -146,8 +146,8 @@ def test_paths_that_are_none(tmp_path: Path) -> None:
 
 
 def test_numbers_are_short() -> None:
-    assert [short(value) for value in (1 / 3, 1234.5, 1e-20 / 3, float("inf"), float("nan"), None)] == [
-        0.333, 1230.0, 3.33e-21, None, None, None,
+    assert [short(value) for value in (1 / 3, 1234.1, 1e-20 / 3, float("inf"), float("nan"), None)] == [
+        0.3333, 1234.0, 3.333e-21, None, None, None,
     ]  # fmt: skip
     line = json.dumps(watched_runs.sample(10, 100, 8))
     assert len(line) < 8 * 600

@@ -31,8 +31,8 @@ is what is not known at that site and step, or is not finite.
 that goes on, or that was killed.
 
 A run that goes on from a checkpoint writes to the same file. So a sample whose step is not above that of the samples
-before it takes the place of all that are not below it, and an end in the middle is none. Numbers have three digits, the
-loss six: a sample is about 450 bytes a site for four streams.
+before it takes the place of all that are not below it, and an end in the middle is none. Numbers have four digits, the
+loss six: a sample is about 500 bytes a site for four streams.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from mhc_rewrite.errors import RunFileError
 
 FORMAT = 1
 MAPPINGS = ("pre", "post", "res")
-DIGITS, LOSS_DIGITS = 3, 6
+DIGITS, LOSS_DIGITS = 4, 6
 
 # Those of tokens are means over them, or quantiles where the name says so.
 FIGURES = {

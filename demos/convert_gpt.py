@@ -4,7 +4,8 @@
 2. Both models' logits are compared: they must be equal to `TOLERANCE`, or the demo fails.
 3. Both are trained from that same start, on the same batches of Python's standard library, read as bytes.
 
-Writes `loss.png`, `loss.csv`, `run.jsonl` and `watched.png` to the output folder. Nothing is downloaded.
+Writes `loss.png` and `loss.csv` to the output folder, the model drawn, `model.png` and `model.html`, and the training as
+it was watched, `run.jsonl` and `watched.png`. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.rule import Rule
 from rich.table import Table
 from torch import Tensor, nn
 
-from mhc_rewrite import MHCConfig, graphs, mhcify, parameter_groups, report, watch
+from mhc_rewrite import MHCConfig, draw, graphs, mhcify, parameter_groups, report, watch
 from mhc_rewrite.cli import listing
 from mhc_rewrite.insight.watching.format import Run as WatchedRun
 from mhc_rewrite.insight.watching.format import read
@@ -122,15 +123,20 @@ def main() -> int:
         highlight=False,
     )
     console.print(f"loss curves: {options.output / 'loss.png'}, {options.output / 'loss.csv'}", highlight=False)
+
+    start_section(console, "Pictures")
+    drawing = draw(converted)
+    for name in ("model.png", "model.html"):
+        console.print(f"the model, before and after: {drawing.save(options.output / name)}", highlight=False)
     write_watched_picture(read(watched), options.output / "watched.png")
-    console.print(f"what the sites did in training: {options.output / 'watched.png'}, {watched}", highlight=False)
+    console.print(f"what its sites did in training: {options.output / 'watched.png'}, from {watched}", highlight=False)
     return 0
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--steps", type=positive, default=400, help="training steps of each model (default: 400)")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the loss curves")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for curves and pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=positive, default=1, help="of PyTorch on the CPU (default: 1)")
     return parser.parse_args()

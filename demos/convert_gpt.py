@@ -4,8 +4,8 @@
 2. Both models' logits are compared: they must be equal to `TOLERANCE`, or the demo fails.
 3. Both are trained from that same start, on the same batches of Python's standard library, read as bytes.
 
-Writes `loss.png` and `loss.csv` to the output folder, the model drawn, `model.png` and `model.html`, and the training as
-it was watched, `run.jsonl` and `watched.png`. Nothing is downloaded.
+Writes `loss.png` and `loss.csv` to the output folder, the model drawn, `model.png` and `model.html`, and the training
+as it was watched, `run.jsonl` and `watched.png`. Nothing is downloaded.
 """
 
 from __future__ import annotations

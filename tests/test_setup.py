@@ -158,7 +158,7 @@ def test_demo_runs(tmp_path: Path) -> None:
     assert "\x1b" not in ran.stdout
     for text in ("GPT2LMHeadModel", "mhc_0", "largest relative error", "6/6", "loss on held-out files"):
         assert text in ran.stdout
-    for name in ("loss.png", "model.png"):
+    for name in ("loss.png", "model.png", "watched.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert "transformer.h.{0..3}" in (output / "model.html").read_text()
     with (output / "loss.csv").open() as file:

@@ -9,6 +9,7 @@
     config       its options, as `MHCConfig.to_dict` gives them
     settings     `every`: a sample at every so many steps; `tokens`: how many tokens each figure is taken from, at most,
                  of each process; `epsilon`: below it the gradient of a mapping is dead
+    drawing      the model as an SVG, as text; left out where there is none
     sites        one entry a call of a site, stream after stream, in each in the order of calls; a site that is called
                  several times stands there as often. `stream` (number), `name`, `call` (0, or 1, 2, ... where the
                  name is called again), `branch`, `n`, `width`
@@ -39,7 +40,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,11 +115,13 @@ class Header:
     settings: dict[str, Any]
     sites: tuple[SiteCall, ...]
     version: str = ""
+    drawing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "mhc_rewrite": "run", "format": FORMAT, "version": self.version, "model": self.model,
             "config": self.config, "settings": self.settings, "sites": [vars(site) for site in self.sites],
+            **({"drawing": self.drawing} if self.drawing else {}),
         }  # fmt: skip
 
     def same_run(self, other: Header) -> bool:
@@ -171,13 +175,13 @@ class Reader:
         self.file = Path(file)
         self._place = 0
         self._number = 0
-        lines = list(self._lines())
-        if not lines:
+        lines = iter(self._lines())
+        if (first := next(lines, None)) is None:
             raise RunFileError(
                 f"{self.file} holds no line yet. A run that is watched writes the first one when watching begins."
             )
-        self.run = Run(self._header(lines[0]))
-        self._add(lines[1:])
+        self.run = Run(self._header(first))
+        self._add(lines)
 
     def more(self) -> list[dict[str, Any]]:
         """The samples that have come since the last call; they are in `run` too."""
@@ -213,7 +217,8 @@ class Reader:
             raise RunFileError(f"{self.file} has format {data.get('format')!r}; format {FORMAT} is understood.")
         try:
             sites = tuple(SiteCall(**site) for site in data["sites"])
-            return Header(data["model"], data["config"], data["settings"], sites, data.get("version", ""))
+            return Header(data["model"], data["config"], data["settings"], sites, data.get("version", ""),
+                          data.get("drawing", ""))  # fmt: skip
         except (KeyError, TypeError) as error:
             raise RunFileError(f"The first line of {self.file} is no header of format {FORMAT}: {error}.") from error
 
@@ -244,6 +249,42 @@ class Reader:
         raise RunFileError(
             f"Line {self._number} of {self.file} is no sample of its run. Was something else written to the file?"
         )
+
+
+class Scan(Reader):
+    """The samples of a file one after another, as often as they are asked for: of files too large to be held.
+
+    Attributes:
+        run: without samples.
+        steps: of the samples, in their order.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self._places: list[tuple[int, int]] = []  # of samples: the line's place and number
+        self.steps: list[int] = []
+        super().__init__(file)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.file.open("rb") as file:
+            for place, number in self._places:
+                file.seek(place)
+                self._number = number
+                yield self._sample(file.readline().decode("utf-8", "replace"))
+
+    def _add(self, lines: Iterable[str]) -> list[dict[str, Any]]:
+        place = self._place
+        for line in lines:
+            found = re.match(r'\{"step": ?(\d+),', line)
+            sample = {"step": int(found[1])} if found else self._sample(line)
+            self.run.end = sample.get("end")
+            if self.run.end is None:
+                while self.steps and self.steps[-1] >= sample["step"]:
+                    self.steps.pop()
+                    self._places.pop()
+                self.steps.append(sample["step"])
+                self._places.append((place, self._number))
+            place = self._place
+        return []
 
 
 def read(file: str | os.PathLike[str]) -> Run:

@@ -23,6 +23,7 @@ EQUAL = 1e-3  # rms of the streams' differences from their mean, over the mean's
 DOMINANT = 0.9  # share of one stream
 ONE_READ = 0.1  # entropy of H_pre, over log n
 GRADIENTS = 100.0  # between the ends of a stream
+LONGEST = 90  # characters of names in a sentence
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,18 @@ def _loss(run: Shown) -> Iterator[Finding]:
     if not len(there):
         return
     first, last = run.loss[there[0]], run.loss[there[-1]]
+    if len(there) == 1:
+        yield Finding(f"The loss is {_number(first, 4)} at step {run.steps[there[0]]:,}.", "loss", bad=False)
+        return
     way = "falls" if last < first else "rises" if last > first else "stays"
     text = f"The loss {way} from {_number(first, 4)} at step {run.steps[there[0]]:,} to {_number(last, 4)} at step "
     yield Finding(f"{text}{run.steps[there[-1]]:,}.", "loss", bad=bool(last > first))
     gaps = np.flatnonzero(~np.isfinite(run.loss))
     if len(gaps := gaps[gaps > there[0]]):
-        until = f"in {len(gaps)} of the samples" if there[-1] > gaps[0] else "to the end"
-        yield Finding(f"The loss is no finite number from step {run.steps[gaps[0]]:,} on, {until}.", "loss")
+        when = f"at step {run.steps[gaps[0]]:,}" + (f" and in {len(gaps) - 1} later samples" if len(gaps) > 1 else "")
+        if there[-1] < gaps[0]:
+            when = f"from step {run.steps[gaps[0]]:,} to the end"
+        yield Finding(f"The loss is no finite number {when}.", "loss")
     best = np.fmin.accumulate(run.loss)
     fallen = first - best
     jumps = np.flatnonzero((run.loss - best > 0.5 * fallen) & (fallen > 0.1 * abs(first)))
@@ -121,8 +127,8 @@ def _averaged(run: Shown) -> Iterator[Finding]:
 def _streams(run: Shown) -> Iterator[Finding]:
     for sites, since, value in _at_end(run, "spread", lambda grid: grid < EQUAL, np.nanmax):
         yield Finding(
-            f"The streams are all but equal after {in_words(run, sites)}{_since(run, since)}: apart by {_number(value)} "
-            "of their mean or less.", "spread",
+            f"The streams are all but equal after {in_words(run, sites)}{_since(run, since)}: apart by "
+            f"{_number(value)} of their mean or less.", "spread",
         )  # fmt: skip
     for sites, since, value in _at_end(run, "dominant", lambda grid: grid > DOMINANT, np.nanmin):
         yield Finding(
@@ -131,9 +137,8 @@ def _streams(run: Shown) -> Iterator[Finding]:
         )  # fmt: skip
     for sites, since, _ in _at_end(run, "pre_entropy", lambda grid: grid < ONE_READ, np.nanmax):
         yield Finding(
-            f"{in_words(run, sites, capital=True)} {_verb(sites, 'reads', 'read')} one stream alone{_since(run, since)}.",
-            "pre_entropy", bad=False,
-        )  # fmt: skip
+            f"The blocks of {in_words(run, sites)} read one stream alone{_since(run, since)}.", "pre_entropy", bad=False
+        )
 
 
 def _depth(run: Shown) -> Iterator[Finding]:
@@ -150,8 +155,8 @@ def _depth(run: Shown) -> Iterator[Finding]:
             where = "" if len(run.header.streams) == 1 else f" of stream {number + 1}"
             large, small = (early, late) if first > second else (late, early)
             yield Finding(
-                f"The gradient of the state{where} is {_number(ratio)} times as large at {in_words(run, [large])} as at "
-                f"{in_words(run, [small])}, at step {run.steps[-1]:,}.", "state_gradient",
+                f"The gradient of the state{where} is {_number(ratio)} times as large at {in_words(run, [large])} as "
+                f"at {in_words(run, [small])}, at step {run.steps[-1]:,}.", "state_gradient",
             )  # fmt: skip
 
 
@@ -183,13 +188,13 @@ RULES: tuple[Callable[[Shown], Iterable[Finding]], ...] = (
 )  # fmt: skip
 
 
-# -- what rules are made of ---------------------------------------------------------------------------------------------
+# -- what rules are made of --------------------------------------------------------------------------------------------
 
 
 def _at_end(
     run: Shown, name: str, beyond: Callable[[Array], Array], worst: Callable[[Array], float]
 ) -> Iterator[tuple[list[int], int, float]]:
-    """The sites where a figure is beyond its bound at the end, since when all of them have been, and its worst value."""
+    """The sites where a figure is beyond its bound at the end, since when all of them are, and its worst value."""
     if name not in run.grids:
         return
     grid = run.grids[name]
@@ -249,11 +254,11 @@ def _grouped(since: dict[int, int]) -> Iterator[tuple[int, list[int]]]:
         yield max(since[site] for site in stopped), stopped
 
 
-def in_words(run: Shown, numbers: Sequence[int], capital: bool = False) -> str:
+def in_words(run: Shown, numbers: Sequence[int]) -> str:
     """Sites by their layers, where a layer is a number in their names: `layers 9 to 12`; else by their names."""
     sites = run.header.sites
     if len(numbers) == len(sites) > 1:
-        return "All sites" if capital else "all sites"
+        return "all sites"
     layers = [_layer(site.name) for site in sites]
     chosen = dict.fromkeys(layers[k] for k in numbers)
     whole = all(layers.count(layer) == sum(layers[k] == layer for k in numbers) for layer in chosen)
@@ -266,11 +271,11 @@ def in_words(run: Shown, numbers: Sequence[int], capital: bool = False) -> str:
         for prefix, values in groups.items():
             word = "layer" if len(values) == 1 else "layers"
             texts.append(f"{word} {ranges(values)}" + (f" of `{prefix}`" if several else ""))
-        text = " and ".join(texts)
-        return text[0].upper() + text[1:] if capital else text
+        return " and ".join(texts)
     names = list(fold(dict.fromkeys(sites[k].name for k in numbers)))
-    shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return shown
+    if sum(map(len, names)) > LONGEST:
+        return f"{len(numbers)} of {len(sites)} sites, `{sites[numbers[0]].name}` the first,"
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _layer(name: str) -> tuple[str, int] | None:
@@ -292,10 +297,6 @@ def ranges(values: Sequence[int]) -> str:
             runs.append([value])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]} {'to' if len(run) > 2 else 'and'} {run[-1]}" for run in runs]
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
-
-
-def _verb(sites: Sequence[int], one: str, several: str) -> str:
-    return one if len(sites) == 1 else several
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -327,12 +328,14 @@ def differences(run: Shown, other: Shown, names: tuple[str, str]) -> list[Findin
     until = min(run.steps[-1], other.steps[-1])
     mine, others = _late_loss(run, until), _late_loss(other, until)
     if mine is not None and others is not None:
-        text = f"Around step {until:,}, the last that both have, the loss is {_number(mine, 4)} in {names[0]} and "
-        text += f"{_number(others, 4)} in {names[1]}"
-        found.append(Finding(f"{text} ({mine - others:+.4f}).", "loss", bad=False))
+        less = f"{_number(abs(mine - others))} less in {names[mine > others]}" if mine != others else "no difference"
+        found.append(Finding(
+            f"Up to step {until:,}, the last that both have, the loss comes to {_number(mine, 4)} in {names[0]} and to "
+            f"{_number(others, 4)} in {names[1]}: {less}.", "loss", bad=False,
+        ))  # fmt: skip
     for way in ("forward", "backward"):
-        gains = [one.over_sites.get(f"composite_{way}_99") for one in (run, other)]
-        if gains[0] is not None and gains[1] is not None:
+        gains = [one.over_sites[name] for one in (run, other) if (name := f"composite_{way}_99") in one.over_sites]
+        if len(gains) == 2:
             a, b = (float(np.nanmax(gain[2])) for gain in gains)
             if max(a, b) > 2 * min(a, b):
                 found.append(Finding(

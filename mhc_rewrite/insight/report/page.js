@@ -4,7 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs, cards = Object.fromEntries(data.cards.map(card => [card.key, card]));
 const two = runs.length === 2;
-document.body.classList.toggle("two", two);
+document.body.classList.add(two ? "two" : "one");
 const slider = document.getElementById("moment");
 let paper = false;
 
@@ -64,14 +64,14 @@ const CONFIG = {displayModeBar: false, responsive: false, showTips: false};
 const WORDS = {median: "median over sites", largest: "largest over sites"};
 
 function lines(place) {
-  const shown = look(), traces = [], key = place.dataset.lines, card = cards[key];
-  const names = ["run", "second", "third"];
-  let positive = true;
+  const shown = look(), traces = [], key = place.dataset.lines, card = cards[key], keys = [];
   const add = (points, name, colour, more) => {
     traces.push({x: points[0], y: points[1], name, mode: points[0].length < 2 ? "markers" : "lines",
       line: {color: colour, width: 1.6}, marker: {color: colour},
       hovertemplate: "%{y:.4~g}<extra>" + escaped(name) + "</extra>", ...more});
   };
+  // One run has a colour for each figure, two have a colour each and figures differ by their dashes.
+  const names = ["run", "second", "third"], dashes = ["solid", "dot", "dash"];
   runs.forEach((run, number) => {
     const of = two ? ", " + run.name : "";
     if (key === "loss") {
@@ -79,37 +79,58 @@ function lines(place) {
       return;
     }
     Object.entries(card.lines).forEach(([figure, label], place) => {
-      const found = run.lines[figure], colour = shown[names[place] + number];
+      const found = run.lines[figure], colour = two ? shown["run" + number] : shown[names[place] + "0"];
+      const dash = two ? dashes[place] : "solid";
       if (!found) return;
       if (found.smallest && found.largest && card.of === "median" && run.sites.length > 1) {
-        const edge = {line: {width: 0}, showlegend: false, hoverinfo: "skip", mode: "lines"};
+        const edge = {line: {width: 0}, hoverinfo: "skip", mode: "lines"};
         add(found.smallest, "smallest", colour, edge);
         add(found.largest, "largest", colour, {...edge, fill: "tonexty", fillcolor: faint(colour)});
       }
-      add(found[card.of], label + of, colour, place && two ? {line: {color: colour, width: 1.6, dash: "dot"}} : {});
-      positive = positive && found[card.of][1].some(value => value > 0);
+      add(found[card.of], label + of, colour, {line: {color: colour, width: 1.6, dash}});
+      if (!number && Object.keys(card.lines).length > 1) keys.push([two ? shown.soft : colour, dash, label]);
     });
   });
-  const title = card ? WORDS[card.of] : "loss";
+  if (two) keys.push(...runs.map((run, number) => [shown["run" + number], "", run.name]));
+  legend(place, keys);
+  const values = traces.flatMap(trace => trace.y), positive = values.filter(value => value > 0);
+  const log = card && card.log && positive.length > 0 && !values.some(value => value < 0);
+  const ratio = positive.reduce((a, b) => Math.max(a, b), 0) / positive.reduce((a, b) => Math.min(a, b), Infinity);
   return [traces, layout({
-    hovermode: "x unified", showlegend: traces.filter(trace => trace.showlegend !== false).length > 1,
-    legend: {orientation: "h", x: 0, y: 1, yanchor: "bottom", xanchor: "left", font: {size: 11}},
-    xaxis: {title: {text: "step", standoff: 4, font: {color: shown.soft, size: 11}}, hoverformat: ",d"},
-    yaxis: {type: card && card.log && positive ? "log" : "linear", title: {text: title, standoff: 6,
-      font: {color: shown.soft, size: 11}}, exponentformat: "power", nticks: 6},
+    ...(card ? {margin: {...aligned(place), t: 6, b: 8}} : {}), hovermode: "x unified", showlegend: false,
+    xaxis: {title: {text: "step", standoff: 4, font: {color: shown.soft, size: 11}}, hoverformat: ",d", range: STEPS},
+    yaxis: {type: log ? "log" : "linear", exponentformat: "power", nticks: 6, automargin: !card,
+      title: {text: card ? WORDS[card.of] : "loss", standoff: 6, font: {color: shown.soft, size: 11}},
+      ...(log && ratio > 30 ? {dtick: 1} : {})},
   })];
 }
+
+function legend(place, keys) {  // above the lines, where it may take as many rows as it needs
+  let shown = place.previousElementSibling;
+  if (!shown || shown.className !== "lines") place.before(shown = Object.assign(document.createElement("div"), {className: "lines"}));
+  const pattern = {solid: "", dot: "2 3", dash: "7 4"};
+  shown.innerHTML = keys.map(([colour, dash, label]) => "<span>" + (dash === ""
+    ? `<svg width="10" height="10"><circle cx="5" cy="5" r="4.5" fill="${colour}"/></svg>`
+    : `<svg width="22" height="10"><path d="M0 5H22" stroke="${colour}" stroke-width="2" stroke-dasharray="${pattern[dash]}"/></svg>`)
+    + escaped(label) + "</span>").join("");
+}
+
+// The steps of the lines stand over those of the heat map below.
+const aligned = place => place.clientWidth < 480 ? {l: 62, r: 58} : {l: 104, r: 72};
+const first = Math.min(...runs.map(run => run.spans[0])), last = Math.max(...runs.map(run => run.last));
+const STEPS = last > first ? [first, last] : [first - 1, first + 1];
 
 const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
 
 // -- heat maps over steps and depth -----------------------------------------------------------------------------------
 
-function ticks(sites, most) {  // some of the sites by name, those that begin a stream among them
+function ticks(sites, most, letters = 16) {  // some of the sites by name, those that begin a stream among them
   const step = Math.ceil(sites.length / most), at = sites.map((_, k) => k).filter(k => k % step === 0);
-  return {tickvals: at, ticktext: at.map(k => clipped(sites[k].short))};
+  return {tickvals: at, ticktext: at.map(k => clipped(sites[k].short, letters))};
 }
 
-const clipped = text => text.length > 18 ? "…" + text.slice(-17) : text;
+const clipped = (text, letters) => text.length <= letters ? text
+  : text.slice(0, Math.ceil(letters / 2) - 1) + "…" + text.slice(-Math.floor(letters / 2));
 
 function borders(sites, way) {  // a line where another stream of sites begins
   const {soft} = look();
@@ -123,21 +144,23 @@ function grid(place) {
   const rows = unpack(packed), sites = run.sites;
   // Two runs have the same colours for the same numbers.
   const all = runs.map(one => one.grids[card.grid]).filter(Boolean);
-  const [low, high] = range(Math.min(...all.map(one => one.low)), Math.max(...all.map(one => one.high)));
+  const lowest = Math.min(...all.map(one => one.low)), highest = Math.max(...all.map(one => one.high));
+  const [low, high] = packed.log ? [lowest, highest] : range(lowest, highest);
   const z = sites.map((_, site) => rows.map(row => row[site]));
   const value = packed.log ? z.map(row => row.map(number => number === null ? null : 10 ** number)) : z;
   const trace = {type: "heatmap", x: run.spans, y: sites.map((_, k) => k), z, customdata: value, zmin: low,
     zmax: high > low ? high : low + 1, text: sites.map(site => run.spans.map(() => escaped(site.name))),
-    colorscale: colours(low), hoverongaps: false,
+    colorscale: colours(packed.log ? 0 : low), hoverongaps: false,
     hovertemplate: "%{text}<br>step %{x:,d}: %{customdata:.3~g}<extra></extra>",
     colorbar: {thickness: 10, outlinewidth: 0, xpad: 4, tickfont: {color: shown.soft, size: 11}, ...bar(packed.log, low, high)}};
   const height = Math.max(130, Math.min(340, sites.length * 15 + 60));
   return [[trace], layout({height, shapes: borders(sites, "y"),
     ...(two ? {annotations: [{text: escaped(run.name), xref: "paper", yref: "paper", x: 0, y: 1, yanchor: "bottom",
       xanchor: "left", showarrow: false, font: {color: shown["run" + place.dataset.run], size: 12}}]} : {}),
-    margin: {l: 8, r: 8, t: two ? 24 : 6, b: 8},
-    xaxis: {title: {text: "step", standoff: 4, font: {color: shown.soft, size: 11}}, showgrid: false},
-    yaxis: {autorange: "reversed", showgrid: false, zeroline: false, ...ticks(sites, Math.max(4, (height - 60) / 15))}})];
+    margin: {...aligned(place), t: two ? 24 : 6, b: 8},
+    xaxis: {title: {text: "step", standoff: 4, font: {color: shown.soft, size: 11}}, showgrid: false, range: STEPS},
+    yaxis: {autorange: "reversed", showgrid: false, zeroline: false, automargin: false,
+      ...ticks(sites, Math.max(4, (height - 60) / 15), place.clientWidth < 480 ? 8 : 16)}})];
 }
 
 function bar(log, low, high) {  // values beside the colours, where z are their logarithms
@@ -180,10 +203,10 @@ function places(run, key) {  // where each site's numbers begin in a row
 function tiles(place) {  // H_res of all sites, each a square, in the order of their calls
   const run = runs[place.dataset.run], most = Math.max(...run.sites.map(site => site.n)), shown = look();
   const row = unpack(run.maps.res)[moment(run)], at = places(run, "res"), width = place.clientWidth || 600;
-  const labels = run.sites.map((site, k) => run.sites.length <= 48 ? clipped(site.short) : String(k + 1));
+  const labels = run.sites.map((site, k) => run.sites.length <= 48 ? clipped(site.short, 16) : String(k + 1));
   const letters = Math.max(...labels.map(label => label.length));
   let cell, across, gap;
-  for (cell = 22; cell >= 4; cell--) {
+  for (cell = width < 500 ? 16 : 26; cell >= 4; cell--) {
     gap = Math.max(1, Math.ceil((letters * 5.6 + 6 - most * cell) / cell));
     across = Math.max(1, Math.floor(width / ((most + gap) * cell)));
     if (Math.ceil(run.sites.length / across) * (most * cell + 20) <= 760 || most * cell <= 34) break;
@@ -217,7 +240,7 @@ function composite(place) {
     const name = k ? String(k + 1) : "";
     made["xaxis" + name] = {...bare, domain: [left / wide, (left + size) / wide], anchor: "y" + name};
     made["yaxis" + name] = {...bare, domain: [1 - (top + size) / high, 1 - top / high], anchor: "x" + name, autorange: "reversed"};
-    made.annotations.push({text: found.length > 1 ? `stream ${stream + 1}` : "first site to last", showarrow: false, xref: "paper",
+    if (found.length > 1) made.annotations.push({text: `stream ${stream + 1}`, showarrow: false, xref: "paper",
       yref: "paper", x: left / wide, y: 1 - (top - 20) / high, xanchor: "left", yanchor: "top", font: {size: 11, color: shown.soft}});
     return heat({z: Array.from({length: rows}, (_, out) => one.map.slice(out * columns, (out + 1) * columns)),
       xaxis: "x" + name, yaxis: "y" + name, texttemplate: Math.max(rows, columns) <= 6 ? "%{z:.2f}" : undefined,
@@ -240,7 +263,7 @@ function depth(place) {  // H_pre or H_post: streams by sites
     yaxis: {autorange: "reversed", showgrid: false, dtick: most > 8 ? 4 : 1, title: {text: "stream", standoff: 6, font: {color: look().soft, size: 11}}}})];
 }
 
-function legend() {  // which colour is which number
+function keys() {  // which colour is which number
   document.querySelectorAll(".key").forEach(key => {
     const [low, high] = bound[key.dataset.key] = bound[key.dataset.key] || bounds(key.dataset.key);
     const bar = colours(low).map(([at, colour]) => `${colour} ${at * 100}%`).join(", ");
@@ -295,17 +318,17 @@ if (slider) {
   };
   slider.addEventListener("input", () => { tell(); again(maps); });
   tell();
-  legend();
+  keys();
 }
 
 all.forEach(place => watch.observe(place));
 window.addEventListener("load", () => setTimeout(() => idle(rest), 50));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { legend(); again(all); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { keys(); again(all); });
 let waiting, width = innerWidth;
 window.addEventListener("resize", () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => { if (innerWidth !== width) { width = innerWidth; again(all); } }, 120);
 });
-const print = on => { paper = on; legend(); all.forEach(draw); };
+const print = on => { paper = on; keys(); all.forEach(draw); };
 window.addEventListener("beforeprint", () => print(true));
 window.addEventListener("afterprint", () => print(false));

@@ -1,4 +1,4 @@
-"""The page of a report: one file that asks nothing of the network. Its look is in page.css, what it draws in page.js."""
+"""The page of a report: one file that asks nothing of the network. Its look is in page.css, its drawing in page.js."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ MOMENTS = 60  # places of the slider, at most
 NUMBERS = 600_000  # in the matrices of a page, at most
 # Scripts and styles of the page itself and pictures inside it, and nothing from anywhere.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_OPTIONS = ("connection", "init", "dynamic", "learn", "collapse", "recompute")
 _MAPS = {
-    "res": ("H_res by site", "What each site makes of the streams: rows are the streams written, columns those read."),
-    "composite": ("The composite map", "The product of H_res over all sites of a stream of sites: what the streams at "
-                  "the end have of those at the start."),
+    "res": ("H_res by site", "How each site mixes the streams, in the order of calls: rows are the streams written, "
+            "columns those read."),
+    "composite": ("The composite map", "The product of H_res over all sites: what the streams at the end have of those "
+                  "at the start."),
     "pre": ("H_pre over depth", "How much of each stream a site's block reads."),
     "post": ("H_post over depth", "How much of a block's result is written to each stream."),
 }  # fmt: skip
@@ -105,7 +107,8 @@ def _said(runs: Sequence[Shown], names: tuple[str, str]) -> str:
 
 def _list(title: str, found: Iterable[Finding], kind: str) -> str:
     rows = "".join(
-        f'<li class="{"bad" if one.bad else "note"}"><a href="#{one.card}">{_marked(one.text)}</a></li>' for one in found
+        f'<li class="{"bad" if one.bad else "note"}"><a href="#{one.card}">{_marked(one.text)}</a></li>'
+        for one in found
     )
     heading = f'<h3><span class="{kind}">{title}</span></h3>' if title else ""
     return f"<div>{heading}<ul>{rows}</ul></div>"
@@ -119,12 +122,15 @@ def _model(runs: Sequence[Shown], names: Sequence[str]) -> str:
     facts = [_facts(run) for run in runs]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names[: len(runs)]) if len(runs) == 2 else ""
     rows = "".join(
-        f"<tr><th>{html.escape(key)}</th>" + "".join(f"<td>{_marked(one.get(key, '-'))}</td>" for one in facts) + "</tr>"
+        f"<tr><th>{html.escape(key)}</th>"
+        + "".join(f"<td>{_marked(one.get(key, '-'))}</td>" for one in facts)
+        + "</tr>"
         for key in dict.fromkeys(key for one in facts for key in one)
     )
     table = f"<table>{f'<tr><th></th>{head}</tr>' if head else ''}{rows}</table>"
     pictures = "".join(_drawing(run) for run in runs[: 1 if _same_drawing(runs) else 2])
-    return f'<section id="model"><h2>The model</h2><div class="beside"><div class="facts">{table}</div>{pictures}</div></section>'
+    inside = f'<div class="beside"><div class="facts">{table}</div><div>{pictures}</div></div>'
+    return f'<section id="model"><h2>The model</h2>{inside}</section>'
 
 
 def _same_drawing(runs: Sequence[Shown]) -> bool:
@@ -141,15 +147,15 @@ def _drawing(run: Shown) -> str:
 
 def _facts(run: Shown) -> dict[str, str]:
     head, config = run.header, run.header.config
-    changed = {key: value for key, value in config.items()
-               if key in ("connection", "init", "dynamic", "learn", "collapse", "recompute") and value is not None}  # fmt: skip
+    options = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+               for key, value in config.items() if key in _OPTIONS and value is not None}  # fmt: skip
     ended = {"finished": "finished", None: "not ended: it goes on, or was killed"}.get(run.end, f"failed: {run.end}")
     notes = {f"note, {plural(count, 'sample')} from step {since:,}": text for text, (since, count) in run.notes.items()}
     return {
         "model": head.model,
         "sites": f"{len(head.sites)} in {plural(len(head.streams), 'stream')}, n = {_streams(head.sites)}, "
         f"C = {', '.join(map(str, sorted({site.width for site in head.sites})))}",
-        **{key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in changed.items()},
+        **options,
         "steps": f"{run.steps[0]:,} to {run.steps[-1]:,}; {plural(len(run.steps), 'sample')}, "
         f"every {head.settings.get('every', '?')} steps",
         "figures": f"of at most {head.settings.get('tokens', '?')} tokens",
@@ -161,7 +167,7 @@ def _facts(run: Shown) -> dict[str, str]:
 
 def _loss() -> str:
     return (
-        '<section id="loss"><h2>Loss</h2><article class="wide"><div class="plot" data-lines="loss" '
+        '<section id="loss"><h2>Loss</h2><article><div class="plot" data-lines="loss" '
         'role="img" aria-label="Loss over the steps"></div></article></section>'
     )
 
@@ -201,13 +207,13 @@ def _maps(runs: Sequence[Shown]) -> str:
         plots = "".join(f'<div class="plot" data-map="{key}" data-run="{k}" role="img" '
                         f'aria-label="{title}"></div>' for k in range(len(runs)))  # fmt: skip
         parts.append(
-            f'<article class="wide" id="map_{key}"><h3>{title}</h3><p>{what}</p><div class="key" data-key="{key}"></div>'
+            f'<article id="map_{key}"><h3>{title}</h3><p>{what}</p><div class="key" data-key="{key}"></div>'
             f'<div class="pair">{plots}</div></article>'
         )
     return (
         '<section id="maps"><h2>The maps</h2><div class="slider"><label for="moment">step</label>'
         '<input id="moment" type="range" min="0" value="0" step="1"><output id="step" for="moment"></output></div>'
-        f"{''.join(parts)}</section>"
+        f'<div class="maps">{"".join(parts)}</div></section>'
     )
 
 
@@ -215,7 +221,14 @@ def _maps(runs: Sequence[Shown]) -> str:
 
 
 def _card(card: Card) -> dict[str, Any]:
-    return {"key": card.key, "title": card.title, "lines": card.lines, "of": card.of, "grid": card.grid, "log": card.log}
+    return {
+        "key": card.key,
+        "title": card.title,
+        "lines": card.lines,
+        "of": card.of,
+        "grid": card.grid,
+        "log": card.log,
+    }
 
 
 def _data(run: Shown, name: str, cards: Sequence[Card]) -> dict[str, Any]:
@@ -235,6 +248,7 @@ def _data(run: Shown, name: str, cards: Sequence[Card]) -> dict[str, Any]:
         "loss": _line(run.steps, run.loss) if run.known else None,
         "lines": lines,
         "spans": run.spans.tolist(),
+        "last": int(run.steps[-1]),
         "grids": {name: packed(run.grids[name], log) for name, log in logs.items() if name in run.grids},
         **_matrices(run),
     }  # fmt: skip
@@ -248,7 +262,9 @@ def _line(steps: Array, values: Array) -> list[list[Any]]:
 def _matrices(run: Shown) -> dict[str, Any]:
     sizes = sum(site.n**2 + 2 * site.n for site in run.header.sites) or 1
     count = max(2, min(MOMENTS, NUMBERS // sizes))
-    chosen = sorted(set(np.linspace(0, len(run.moments) - 1, count).round().astype(int).tolist())) if run.moments else []
+    chosen = (
+        sorted(set(np.linspace(0, len(run.moments) - 1, count).round().astype(int).tolist())) if run.moments else []
+    )
     maps = {}
     for mapping in MAPPINGS:
         sizes_of = [site.n**2 if mapping == "res" else site.n for site in run.header.sites]
@@ -262,7 +278,9 @@ def _matrices(run: Shown) -> dict[str, Any]:
 
 
 def _flat(found: Sequence[Array | None], sizes: Sequence[int]) -> Array:
-    return np.concatenate([np.full(size, np.nan) if one is None else one.reshape(-1) for one, size in zip(found, sizes)])
+    return np.concatenate(
+        [np.full(size, np.nan) if one is None else one.reshape(-1) for one, size in zip(found, sizes)]
+    )
 
 
 def _rounded(values: Array) -> list[float | None]:

@@ -124,7 +124,7 @@ class _Taken:
         )  # fmt: skip
 
     def _some(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        samples, first = iter(self.scan), 0
+        samples, first = self.scan.samples(), 0
         while some := list(itertools.islice(samples, AT_ONCE)):
             yield first, some
             first += len(some)
@@ -180,8 +180,10 @@ def thin(steps: Array, values: Array, spans: int = 400) -> tuple[Array, Array]:
     for part in np.array_split(np.arange(len(steps)), spans):
         finite = part[np.isfinite(values[part])]
         # A span of nothing but gaps stays a gap.
-        chosen |= {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])} if len(finite) else {
-            int(part[0])
-        }
+        chosen |= (
+            {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])}
+            if len(finite)
+            else {int(part[0])}
+        )
     places = np.array(sorted(chosen))
     return steps[places], values[places]

@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-EXTRAS := demo,docs,export,hf,peers,test,vision
+EXTRAS := demo,docs,export,hf,look,peers,test,vision
 # One thread a test process: two processes with two threads each on two cores wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 

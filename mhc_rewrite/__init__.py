@@ -1,5 +1,8 @@
 """Rewrites the residual streams of PyTorch models into manifold-constrained hyper-connections (arXiv:2512.24880)."""
 
+import importlib
+from typing import Any
+
 from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import Connection, register_connection
@@ -18,6 +21,7 @@ __all__ = [
     "MHCConfig",
     "__version__",
     "compile",
+    "draw",
     "gates",
     "graphs",
     "is_converted",
@@ -33,3 +37,12 @@ __all__ = [
     "site_parameters",
     "unmhcify",
 ]
+
+# What looks at models is imported when it is first asked for.
+_LATER = {"draw": "mhc_rewrite.insight.drawing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

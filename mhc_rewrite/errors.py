@@ -56,3 +56,7 @@ class PeerError(MHCError):
 
 class RunFileError(MHCError, ValueError):
     """A file of a watched run can't be read or written, or is another run's."""
+
+
+class DrawingError(MHCError, ValueError):
+    """A picture can't be made of this, or can't be written there."""

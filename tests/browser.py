@@ -1,18 +1,16 @@
-"""A page in a real browser: headless Chromium, spoken to over a pipe by its DevTools protocol.
+"""A headless Chromium over its DevTools, by a pair of pipes: pages are looked at as a reader does. No library needed.
 
     with Browser() as browser:
-        page = browser.open(file, width=390, dark=True)
-        assert not page.problems and page.evaluate("document.title")
+        page = browser.open(path, width=390, dark=True)
+        assert page.evaluate("document.title") == ...
+        assert not page.errors
 
-`page.problems` holds what no page may have: errors of scripts, lines on the console that are errors, and anything that
-was asked of the network. Pictures that `page.screenshot(name)` takes lie in the folder `screenshots` of the tests'
-output where MHC_SCREENSHOTS names one.
+Tests are skipped where there is none.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import select
@@ -20,212 +18,140 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in _NAMES if (found := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here")
-PATIENCE = 60.0  # seconds for an answer; the machine may be busy
-_OPTIONS = (
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-    "--hide-scrollbars", "--force-device-scale-factor=1", "--remote-debugging-pipe",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--remote-debugging-pipe",
 )  # fmt: skip
-_KEYS = {
-    "Enter": 13,
-    "Escape": 27,
-    "Tab": 9,
-    "ArrowLeft": 37,
-    "ArrowUp": 38,
-    "ArrowRight": 39,
-    "ArrowDown": 40,
-    " ": 32,
-}
+PATIENCE = 60.0
 
 
 class Browser:
-    """One Chromium with a profile of its own, gone at the end."""
+    """One process, for as many pages as a test wants."""
 
     def __enter__(self) -> Browser:
-        self._stack = contextlib.ExitStack()
-        profile = self._stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        to_browser, self._to = os.pipe()
-        self._from, from_browser = os.pipe()
-        for end in (self._to, self._from):
-            self._stack.callback(os.close, end)
-        # The protocol's pipes are the descriptors 3 and 4 of the browser.
-        shell = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
-        self._process = subprocess.Popen(
-            ["bash", "-c", shell, "bash", str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        assert CHROMIUM is not None
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        (theirs_in, self.out), (self.into, theirs_out) = os.pipe(), os.pipe()
+        # Chromium reads commands from 3 and writes answers to 4.
+        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', CHROMIUM, *FLAGS]
+        self.process = subprocess.Popen(
+            [*shell, f"--user-data-dir={self.folder.name}"], pass_fds=(theirs_in, theirs_out),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(to_browser)
-        os.close(from_browser)
-        self._number, self._buffer, self._pages = 0, b"", {}  # type: ignore[var-annotated]
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.number, self.buffer, self.events = 0, b"", []  # type: ignore[var-annotated]
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        with contextlib.suppress(Exception):
-            self.ask("Browser.close")
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._stack.close()
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        os.close(self.out)
+        os.close(self.into)
+        self.folder.cleanup()
 
-    def open(self, file: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
-        """A file in a window of this size, loaded."""
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        page = Page(self, self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
-        self._pages[page.session] = page
-        page.show(file, width, height, dark)
-        return page
-
-    def ask(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """Sends a command and returns its result; what pages tell meanwhile goes to them."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if session:
-            message["sessionId"] = session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
-        until = time.monotonic() + PATIENCE
+    def send(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        """Sends a command and waits for its answer; events that come before it are kept."""
+        self.number += 1
+        message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
+        os.write(self.out, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
         while True:
-            answer = self._next(until, method)
-            if answer.get("id") == self._number:
-                if "error" in answer:
-                    raise AssertionError(f"{method}: {answer['error']}")
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def _next(self, until: float, what: str) -> dict[str, Any]:
-        """The next message; events are handed to their page on the way."""
-        while b"\0" not in self._buffer:
-            if not select.select([self._from], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise AssertionError(f"Chromium gave no answer to {what} in {PATIENCE:.0f} seconds")
-            read = os.read(self._from, 1 << 20)
-            if not read:
-                raise AssertionError(f"Chromium ended at {what}, with exit code {self._process.wait()}")
-            self._buffer += read
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        told: dict[str, Any] = json.loads(message)
-        if (page := self._pages.get(told.get("sessionId"))) is not None and "method" in told:
-            page.hear(told["method"], told["params"])
-        return told
+    def receive(self) -> dict[str, Any]:
+        """The next message; events are kept too."""
+        while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.into], [], [], PATIENCE)
+            assert ready, "Chromium does not answer"
+            read = os.read(self.into, 1 << 20)
+            assert read, "Chromium has gone"
+            self.buffer += read
+        raw, self.buffer = self.buffer.split(b"\0", 1)
+        message: dict[str, Any] = json.loads(raw)
+        if "method" in message:
+            self.events.append(message)
+        return message
 
-    def wait(self, page: Page, event: str) -> None:
-        until = time.monotonic() + PATIENCE
-        while event not in page.heard:
-            self._next(until, event)
+    def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
+        """A file in a tab of its own."""
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        page = Page(self, self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            page.send(f"{domain}.enable")
+        page.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        page.send("Emulation.setEmulatedMedia", features=[scheme])
+        page.send("Page.navigate", url=path.resolve().as_uri())
+        end = time.monotonic() + PATIENCE
+        while page.evaluate("document.readyState + location.protocol") != "completefile:":
+            assert time.monotonic() < end, "the page does not load"
+            time.sleep(0.02)
+        return page
 
 
 class Page:
-    """One page.
-
-    Attributes:
-        problems: what no page may have, as text.
-        load_seconds: from the navigation to the end of the load event, by the page's own clock.
-    """
+    """One tab."""
 
     def __init__(self, browser: Browser, session: str) -> None:
         self.browser, self.session = browser, session
-        self.problems: list[str] = []
-        self.heard: set[str] = set()
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
 
-    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        return self.browser.ask(method, self.session, **parameters)
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self.browser.send(method, self.session, **parameters)
 
-    def hear(self, event: str, told: dict[str, Any]) -> None:
-        self.heard.add(event)
-        if event == "Runtime.exceptionThrown":
-            details = told["exceptionDetails"]
-            self.problems.append(details.get("exception", {}).get("description") or details["text"])
-        elif event == "Runtime.consoleAPICalled" and told["type"] in ("error", "assert"):
-            self.problems.append("console: " + " ".join(str(one.get("value", one)) for one in told["args"]))
-        elif event == "Log.entryAdded" and told["entry"]["level"] == "error":
-            self.problems.append(f"log: {told['entry']['text']}")
-        elif event == "Network.requestWillBeSent":
-            url = told["request"]["url"]
-            if not url.startswith(("file:", "data:", "blob:", "about:")):
-                self.problems.append(f"fetched {url}")
-
-    def show(self, file: Path, width: int, height: int, dark: bool) -> None:
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
-        self.media(dark=dark)
-        self.heard.clear()
-        self.ask("Page.navigate", url=file.resolve().as_uri())
-        self.browser.wait(self, "Page.loadEventFired")
-        self.load_seconds = self.evaluate("performance.getEntriesByType('navigation')[0].loadEventStart") / 1e3
-
-    def media(self, *, dark: bool = False, paper: bool = False) -> None:
-        """What the reader's system prefers, and whether the page is on a screen or on paper."""
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", media="print" if paper else "screen", features=[scheme])
-
-    def evaluate(self, expression: str) -> Any:
-        """The value of JavaScript, once it is there if it is a promise."""
-        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in answer:
-            details = answer["exceptionDetails"]
-            raise AssertionError(details.get("exception", {}).get("description") or details["text"])
+    def evaluate(self, script: str) -> Any:
+        """What a piece of JavaScript gives, as plain data."""
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, expression: str) -> None:
-        """Waits until it is true in the page."""
-        self.evaluate(
-            "new Promise((done, failed) => { const began = Date.now(); const look = () => { "
-            f"if ({expression}) done(true); else if (Date.now() - began > 30000) failed(new Error("
-            f"{json.dumps('never: ' + expression)})); else setTimeout(look, 20); }}; look(); }})"
-        )
+    def key(self, key: str, text: str = "") -> None:
+        """A key pressed and let go."""
+        code = {"Enter": 13, "Tab": 9, "Escape": 27, "ArrowDown": 40, "ArrowUp": 38}.get(key, 0)
+        text = "\r" if key == "Enter" else text or (key if len(key) == 1 else "")
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
-    def press(self, key: str) -> None:
-        """A key on the keyboard, where the focus is."""
-        code = _KEYS.get(key, ord(key[0].upper()))
-        text = {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
-        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
-        self.ask("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+    def hover(self, x: float, y: float) -> None:
+        """The mouse there."""
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def move(self, x: float, y: float) -> None:
-        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    def screenshot(self, path: Path | None = None, whole: bool = True) -> bytes:
+        """PNG of the page, or of what is seen of it."""
+        shot = base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
+        if path is not None:
+            path.write_bytes(shot)
+        return shot
 
-    def screenshot(self, name: str, *, whole: bool = False) -> Any:
-        """What is seen, as an array of (height, width, RGB) in 0 to 255; the page in all its length if `whole`."""
-        import numpy
-        from PIL import Image
+    def printed(self) -> bytes:
+        """PDF."""
+        return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])
 
-        picture = base64.b64decode(
-            self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))["data"]
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            kept = Path(os.environ.get("MHC_SCREENSHOTS", folder))
-            kept.mkdir(parents=True, exist_ok=True)
-            (kept / f"{name}.png").write_bytes(picture)
-            with Image.open(kept / f"{name}.png") as image:
-                return numpy.asarray(image.convert("RGB"))
+    @property
+    def errors(self) -> list[Any]:
+        """What scripts have thrown, and what the console says is wrong."""
+        self.evaluate("new Promise(done => setTimeout(done, 20))")
+        return [
+            event["params"] for event in self._events()
+            if event["method"] == "Runtime.exceptionThrown"
+            or (event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error")
+        ]  # fmt: skip
 
-    def _clip(self, whole: bool) -> dict[str, Any]:
-        if not whole:
-            return {}
-        size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-        return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16000), "scale": 1}}
+    @property
+    def requests(self) -> list[str]:
+        """What was asked of the network, or of the disk."""
+        asked = [e["params"]["request"]["url"] for e in self._events() if e["method"] == "Network.requestWillBeSent"]
+        return [url for url in asked if not url.startswith("data:")]
 
-    def pdf(self) -> bytes:
-        """As it prints."""
-        return base64.b64decode(self.ask("Page.printToPDF", printBackground=False)["data"])
-
-    def scrolls_sideways(self) -> bool:
-        return bool(self.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth + 1"))
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """For all tests of a process: starting one takes a second."""
-    with Browser() as started:
-        yield started
+    def _events(self) -> list[dict[str, Any]]:
+        return [event for event in self.browser.events if event.get("sessionId") == self.session]

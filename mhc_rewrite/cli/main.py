@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -130,6 +131,34 @@ def print_sites(
         _show(plan)
     else:
         print(json.dumps(plan.to_dict(), indent=2))
+
+
+@app.command("draw")
+def draw_model(
+    model: Spec,
+    to: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="model.svg, .html, .png or .dot.", show_default=False),
+    ],
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Draw every layer, also those that are alike.")] = False,
+    n: Streams = "4",
+    connection: Connected = "mhc",
+    static: Static = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Settings = None,
+) -> None:
+    """Draw the model before and after: its trunks, and the streams that they would become."""
+    with _working(f"Drawing {model}"):
+        from mhc_rewrite.insight.drawing import check_path
+
+        check_path(to)
+        streams = number_of_streams(n)
+        built, inputs = spec.load(model, config or ())
+        chosen = _chosen(streams, connection, static, include, exclude)
+        drawn = mhc_rewrite.draw(built, inputs, folded=not unfolded, **chosen)
+        drawn.save(to)
+    print(to)
 
 
 def _print_version(wanted: bool) -> None:

@@ -70,11 +70,10 @@ def _card(card: Card, runs: list[Shown], names: tuple[str, str]) -> Figure:
     """Lines and a heat map beside each other; with two runs, both heat maps below the lines."""
     grids = [(run, name) for run, name in zip(runs, names) if card.grid in run.grids]
     figure = Figure(figsize=(WIDTH, 2.2 if len(runs) == 1 else 4.2), layout="constrained")
-    keys = [f"grid{k}" for k in range(len(grids))]
-    axes = figure.subplot_mosaic(
-        [["lines", *keys]] if len(runs) == 1 else [["lines"] * max(1, len(keys)), *([keys] if keys else [])]
-    )
-    lines, row = axes["lines"], {"median": 1, "largest": 2}[card.of]
+    below = len(runs) == 2 and len(grids) > 0
+    places = figure.add_gridspec(1 + below, max(1, len(grids)) if below else 1 + len(grids))
+    lines = figure.add_subplot(places[0, :] if below else places[0, 0])
+    row = {"median": 1, "largest": 2}[card.of]
     for run, name, colour in zip(runs, names, _COLOURS):
         for (figure_name, label), style in zip(card.lines.items(), _STYLES):
             if figure_name in run.over_sites:
@@ -94,8 +93,9 @@ def _card(card: Card, runs: list[Shown], names: tuple[str, str]) -> Figure:
     elif len(card.lines) > 1:
         lines.legend()
     norm = _norm([run.grids[card.grid or ""] for run, _ in grids], card.log)
-    for key, (run, name) in zip(keys, grids):
-        _depth(figure, axes[key], card, run, name if len(runs) == 2 else "", norm)
+    for k, (run, name) in enumerate(grids):
+        axis = figure.add_subplot(places[1, k] if below else places[0, 1 + k])
+        _depth(figure, axis, card, run, name if len(runs) == 2 else "", norm)
     return figure
 
 

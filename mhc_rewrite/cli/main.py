@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 import mhc_rewrite
-from mhc_rewrite.cli import bench, cost, experiment, listing, machine, spec
+from mhc_rewrite.cli import bench, cost, experiment, listing, machine, report, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.cli.options import Connected, Settings, Spec, Static, Streams, number_of_streams
 from mhc_rewrite.errors import ExampleInputsError, MHCError
@@ -234,6 +234,7 @@ cost.register(app, _show, _working)
 bench.register(app, _show, _working)
 experiment.register(app, _show, _working)
 machine.register(app, _show, _working)
+report.register(app, _show, _working)
 
 if __name__ == "__main__":
     app()

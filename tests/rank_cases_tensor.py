@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -26,6 +27,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils.checkpoint import checkpoint
 
 from mhc_rewrite import HyperConnection, MHCConfig, load_sites, mhcify, save_sites
 from mhc_rewrite.distributed import SiteParallel, check_sites, shard_sites
@@ -261,25 +263,30 @@ def trains() -> None:
         same_training(spread(converted(), local))
 
 
+# Torch can neither trace an embedding that is spread by rows nor differentiate compiled layers behind it.
+
+
+def trains_in_compiled_layers() -> None:
+    for local in (True, False):
+        model = spread(converted(1), local, embed=ColwiseParallel)
+        for layer in model.layers:
+            layer.compile(backend="aot_eager")
+        same_training(model, layers=1)
+        torch._dynamo.reset()
+
+
 def trains_compiled(backend: str = "aot_eager") -> None:
     for local in (True, False):
-        model = spread(converted(2), local)
+        model = spread(converted(2), local, embed=ColwiseParallel)
         same_training(model, torch.compile(model, backend=backend), layers=2)
+        torch._dynamo.reset()
 
 
-def trains_compiled_layers(backend: str = "aot_eager") -> None:
-    for local in (True, False):
-        model = spread(converted(2), local)
-        for layer in model.layers:
-            layer.compile(backend=backend)
-        same_training(model, layers=2)
-
-
-def trains_inductor() -> None:
+def trains_by_inductor() -> None:
     trains_compiled("inductor")
 
 
-def trains_mhc() -> None:
+def trains_by_mhc() -> None:
     trains_compiled("mhc")
 
 
@@ -365,3 +372,70 @@ def sites_keep_their_ways() -> None:
         assert not site.has_learned()
     for p, q in zip([p for site in sites_of(started) for p in site.parameters()], values, strict=True):
         assert isinstance(p, DTensor) and torch.equal(whole(p), q)
+
+
+def with_fsdp(*parts: int) -> None:
+    """Each in its own dimension of a mesh; `parts`: over how many ranks tokens are spread."""
+    world = dist.get_world_size()
+    for tensor in parts or (world, 1):
+        ranks = init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        together = converted()
+        values = [loss(together, seed) for seed in range(world // tensor)]
+        torch.stack(values).mean().backward()
+        want = gradients(together)
+        for local, alone in ((True, False), (False, False), (True, True)):
+            model = converted(recompute=4 if local else None)
+            parallelize_module(model, ranks["tensor"], {**sequence_parallel(local), "": SiteParallel()})
+            if alone:
+                shard_sites(model, ranks["data"])
+            for part in (*model.layers, model):
+                fully_shard(part, mesh=ranks["data"])
+            mine = ranks["data"].get_local_rank()
+            for _ in range(2):
+                model.zero_grad()
+                value, got = run(model, mine)
+                torch.testing.assert_close(value, values[mine].detach(), rtol=1e-5, atol=0)
+                agree(got, want, CLOSE)
+                check_sites(model)
+            kinds = {p.grad.placements for site in sites_of(model) for p in site.parameters()}
+            assert {kind[1:] for kind in kinds} == {(Replicate(),)}, kinds
+
+
+def in_two_dimensions() -> None:
+    with_fsdp(2)
+
+
+def others_see_the_trunk() -> None:
+    """Hooks, checkpoints, hidden states: of streams that are DTensors everybody sees the mean, a DTensor too. Backward
+    hooks of modules see this rank's part of its gradient."""
+    want = run(converted())
+    first: dict[str, Tensor] = {}
+    for local in (None, False, True):
+        model = converted() if local is None else spread(converted(), local)
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, value: Any, local: bool | None = local, found: dict[str, Tensor] = found) -> None:
+            assert isinstance(value, DTensor) == (local is False and name != "backward hook"), (name, local)
+            value = value.detach().clone()
+            if local is not None and not isinstance(value, DTensor):
+                value = DTensor.from_local(value, mesh(), [Shard(1)])
+            found[name] = whole(value)
+
+        def forward(layer: Any, args: Any, out: Any, keep: Any = keep) -> None:
+            keep("hidden", out + 0)
+            keep("square", (out * out).to(torch.float64))
+            out.register_hook(lambda gradient: keep("gradient", gradient))
+
+        model.layers[1].register_forward_hook(forward)
+        model.layers[2].register_full_backward_hook(lambda layer, into, out, keep=keep: keep("backward hook", out[0]))
+        agree(run(model)[1], want[1], CLOSE)
+        assert len(found) == 4, list(found)
+        first = first or found
+        agree(found, first, CLOSE)
+    for reentrant in (True, False):
+        for local in (True, False):
+            model = spread(converted(), local)
+            for layer in model.layers:
+                inner = layer.forward
+                layer.forward = functools.partial(checkpoint, inner, use_reentrant=reentrant)
+            as_in_one(model, want)

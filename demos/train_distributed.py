@@ -37,11 +37,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_rewrite import mhcify, parameter_groups
-from mhc_rewrite.distributed import check_sites, pipeline_stage, shard_sites
+from mhc_rewrite.distributed import SiteParallel, check_sites, pipeline_stage, shard_sites
 
 LAYERS, WIDTH, HEADS = 4, 64, 4
 RATE, SITE_RATE, WEIGHT_DECAY, LARGEST_NORM = 2e-3, 1e-2, 0.1, 1.0
@@ -57,6 +65,7 @@ class Way(str, Enum):
 
     ddp = "ddp"
     fsdp = "fsdp"
+    tp = "tp"
     pp = "pp"
     fsdp_pp = "fsdp+pp"
 
@@ -146,6 +155,27 @@ def shard(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
     fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
 
 
+def tp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, Step]:
+    """Every process has some of the heads and of each MLP, and between them a part of the tokens."""
+    gathered = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    column, row = ColwiseParallel(), RowwiseParallel(output_layouts=Shard(1))
+    in_layers: dict[str, ParallelStyle] = {
+        "norm_1": SequenceParallel(), "norm_2": SequenceParallel(), "attention": gathered, "mlp": gathered,
+        "attention.q": column, "attention.k": column, "attention.v": column, "attention.out": row,
+        "mlp.up": column, "mlp.down": row,
+    }  # fmt: skip
+    styles = {
+        **{f"layers.*.{name}": style for name, style in in_layers.items()},
+        "bytes": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "places": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        "": SiteParallel(),  # of all sites: their gradients are sums over all tokens
+    }
+    parallelize_module(model, mesh["tp"], styles)
+    return model, in_one_call(model, bf16)
+
+
 def pp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, Step]:
     """Every process has some of the layers, and all of the batch goes through them in microbatches."""
     stage = stage_of(model, mesh)
@@ -162,13 +192,13 @@ def fsdp_pp(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> tuple[nn.Module, 
 def stage_of(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Between stages pass the n streams."""
     count, mine = mesh["pp"].size(), mesh["pp"].get_local_rank()
-    names = [f"layers.{k}" for k in range(LAYERS)]
-    size = -(-LAYERS // count)
-    first, last = ["bytes", "places"], ["norm", "head"]
-    names = first * (mine == 0) + names[mine * size : (mine + 1) * size] + last * (mine == count - 1)
+    layers = torch.arange(LAYERS).chunk(count)
+    stages = [[f"layers.{number}" for number in some.tolist()] for some in layers]
+    stages = [["bytes", "places", *stages[0]], *stages[1:]]
+    stages = [*stages[:-1], [*stages[-1], "norm", "head"]]
     microbatch = BATCH // mesh["dp"].size() // MICROBATCHES
     example = torch.zeros(microbatch, LENGTH, dtype=torch.long, device=mesh.device_type)
-    return pipeline_stage(model, names, (example,))
+    return pipeline_stage(model, stages, mine, (example,))
 
 
 def through_stages(stage: nn.Module, mesh: DeviceMesh, bf16: bool) -> Step:
@@ -203,6 +233,7 @@ def in_one_call(model: nn.Module, bf16: bool) -> Step:
 WAYS = {
     Way.ddp: (lambda world: (1, world, 1), ddp),
     Way.fsdp: (lambda world: (1, world, 1), fsdp),
+    Way.tp: (lambda world: (1, 1, world), tp),
     Way.pp: (lambda world: (world, 1, 1), pp),
     Way.fsdp_pp: (lambda world: (2, world // 2, 1), fsdp_pp),
 }
@@ -343,7 +374,8 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
     step_alone = in_one_call(alone, bf16)
 
-    start_section(console, f"{way.value}{', bf16' if bf16 else ''}: {dist.get_world_size()} processes on {device.type}")
+    processes = f"{dist.get_world_size()} process{'es' * (dist.get_world_size() > 1)}"
+    start_section(console, f"{way.value}{', bf16' if bf16 else ''}: {processes} on {device.type}")
     console.print(settings(first, steps, seed), highlight=False)
     losses, errors, began = [], [], time.perf_counter()
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.description}"))
@@ -354,7 +386,7 @@ def train(
             losses.append(mean_of_all(step_here(share(tokens, mesh)), device))
             if step == first:
                 # In fp32, and alike wherever two processes hold the same ones.
-                check_sites(module, mesh["dp"].get_group())
+                check_sites(module, mesh["tp" if way is Way.tp else "dp"].get_group())
             if step < first + CHECKED:
                 loss_alone = step_alone(tokens)
                 errors.append((abs(losses[-1] / loss_alone.item() - 1), gradient_error(module, alone)))

@@ -340,3 +340,30 @@ def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str, options: 
             return None if None in known else (*known, uuid)
 
     return JointGraphPass()
+
+
+def asked_for(node: Any) -> tuple[bool | None, ...]:
+    """While `node` runs backward: for each of its inputs, whether its gradient is asked for now; None if it has none.
+
+    Should the call go, all True is right: what is computed once in two runs would be computed in both again.
+    """
+    found: list[bool | None] = []
+    for behind, _ in node.next_functions:
+        try:
+            found.append(None if behind is None else torch._C._will_engine_execute_node(behind))
+        except RuntimeError:  # a leaf whose gradient is what is asked for
+            found.append(True)
+    return tuple(found)
+
+
+def runs_again() -> Any:
+    """The node that runs backward now, if the graph is kept and a gradient is left for another run; None otherwise.
+
+    Schedules of pipelines run backward twice, for the gradients of what came in and for those of parameters. Should the
+    calls go, None is right.
+    """
+    node = torch._C._current_autograd_node()
+    if node is None or torch._C._current_graph_task_id() == -1:
+        return None
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return node if kept and False in asked_for(node) else None

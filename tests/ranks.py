@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,8 @@ HERE = Path(__file__).parent
 def run(module: str, *cases: str, folder: Path, world: int = 2, limit: float = 120.0) -> None:
     """Runs functions without arguments, in this order, in `world` processes that share a process group.
 
-    Their current folder is `folder`, which they find again in a later run.
+    Their current folder is `folder`, which they find again in a later run. What a function returns is there as JSON,
+    in a file of its name.
 
     Raises:
         AssertionError: one of them raised something, or they were not done after `limit` seconds.
@@ -47,6 +49,31 @@ def run(module: str, *cases: str, folder: Path, world: int = 2, limit: float = 1
                 said = "\n".join(f"-- rank {rank}:\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs))
                 raise AssertionError(f"{', '.join(cases)}: {why}\n{said}")
             time.sleep(0.05)
+
+
+def torchrun(script: Path, *arguments: str, folder: Path, world: int = 2, limit: float = 300.0) -> str:
+    """What a script prints that torchrun starts in several processes, in this folder.
+
+    Raises:
+        AssertionError: it failed, or was not done after `limit` seconds.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]  # any free port
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, *launch, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=environment, cwd=folder,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends those that it has started
+        said, _ = process.communicate(timeout=60)
+        raise AssertionError(f"{script.name}: not done after {limit:.0f} s\n{said[-6000:]}") from None
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, said[-6000:]
+    return said
 
 
 @contextlib.contextmanager
@@ -89,7 +116,9 @@ def _main(module: str, rank: str, world: str, store: str, *cases: str) -> None:
     for case in cases:
         began = time.monotonic()
         try:
-            getattr(functions, case)()
+            figures = getattr(functions, case)()
+            if figures is not None and dist.get_rank() == 0:
+                Path(f"{case}.json").write_text(json.dumps(figures))
             dist.barrier()
         except BaseException:
             traceback.print_exc()

@@ -19,9 +19,16 @@ pytestmark = pytest.mark.slow
 
 CASES = {
     "wrappers": ["ddp_options", "ddp_accumulates", "fsdp_root_only", "fsdp_offloaded", "clipped_steps"],
-    "compiled": ["boundaries_of_compiled"],
+    "compiled": ["some_fused_boundaries"],
 }
-LONG = ["compiled_ddp", "compiled_fsdp", "compiled_fsdp_further", "compiled_recompute"]
+LONG = [
+    "all_fused_boundaries",
+    "every_recompute",
+    "compiled_ddp",
+    "compiled_fsdp",
+    "compiled_fsdp_further",
+    "compiled_recompute",
+]
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -31,15 +38,14 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG)
-def test_compiled_by_inductor(case: str, tmp_path: Path) -> None:
+def test_two_processes_for_long(case: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_recipe", case, folder=tmp_path, limit=600)
 
 
 def test_checkpoints(tmp_path: Path) -> None:
     """To the bit in as many processes, in one of a loss of 1e-5; written at once and in the background."""
-    for way in ("saves", "saves_in_the_background"):
-        ranks.run("rank_cases_recipe", way, "resumes_to_the_bit", folder=tmp_path)
-    ranks.run("rank_cases_recipe", "resumes_to_the_bit", folder=tmp_path)  # processes that have not seen it
+    ways = "saves_in_the_background", "saves"
+    ranks.run("rank_cases_recipe", *[case for way in ways for case in (way, "resumes_to_the_bit")], folder=tmp_path)
     ranks.run("rank_cases_recipe", "resumes_alone", folder=tmp_path, world=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from mhc_rewrite.conversion.captures import capture_forward
 from mhc_rewrite.conversion.converted import Conversion, find_converted, remember
 from mhc_rewrite.conversion.generated import compile_graph
 from mhc_rewrite.conversion.install import original_forward
+from mhc_rewrite.conversion.naming import CarrierWiring
 from mhc_rewrite.distributed.stage import Passing, Program, Stage
 from mhc_rewrite.errors import CaptureError, UnsupportedModelError
-from mhc_rewrite.passes.cut_stage import ForwardFacts, NoStage, calls_of, cut_stage
+from mhc_rewrite.passes.cut_stage import ForwardFacts, NoStages, called, cut_stage, within
+from mhc_rewrite.passes.expand_streams import expand_streams
+from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.sites.state import is_state, plain, streams_of
 from mhc_rewrite.torch_private import frees_parameters
 
@@ -31,7 +35,8 @@ _LISTED = 40
 
 def pipeline_stage(
     model: nn.Module,
-    layers: Sequence[str],
+    layers: Sequence[Sequence[str]],
+    index: int,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> nn.Module:
     """One stage of a pipeline: a module that calls some of the modules which a converted model's forward calls.
@@ -41,29 +46,31 @@ def pipeline_stage(
     The first stage takes the model's arguments. The others take what the stage before returned, and by name the
     arguments that they need; others by name are ignored. The last one returns what the model does.
 
-    To be called on a model that is not sharded yet, with the same example on every rank.
+    To be called on a model that is not sharded yet, with the same layers and example on every rank.
 
     Args:
         model: converted. It is not changed, and need not be kept.
-        layers: names of the modules of this stage, as in `model.named_modules()`, in the order in which they are
-            called. The name of a container or of a part of the model stands for all that is called in it.
+        layers: for each stage the names of its modules, as in `model.named_modules()`, in the order in which the
+            forward calls them. The name of a container or of a part of the model stands for all that is called in it.
+            Modules without parameters need no name.
+        index: of this stage.
         example_inputs: as for `mhcify`, of one microbatch. Arguments that a call of a stage leaves out are as here.
 
     Returns:
-        A module that holds those modules, the model's own, under the names that they have there.
+        A module that holds the modules of the stage, the model's own, under the names that they have there.
 
     Raises:
         MHCError: the model is not converted.
-        UnsupportedModelError: these modules are no stage of this model.
+        UnsupportedModelError: these modules are no stages of this model.
         CaptureError: the forward that calls them can't be captured.
     """
     _, model, conversion = find_converted(model)
-    names = (layers,) if isinstance(layers, str) else tuple(layers)
-    _check_whole(model, names)
+    parts = [(names,) if isinstance(names, str) else tuple(names) for names in layers]
+    _check_whole(model, parts, index)
     args, kwargs = example_call(model, example_inputs)
-    programs = {training: _program(model, conversion, names, args, kwargs, training) for training in (False, True)}
+    programs = {mode: _program(model, conversion, parts, index, args, kwargs, mode) for mode in (False, True)}
     stage = Stage(programs)
-    _fill(stage, model, names, list(programs.values()))
+    _fill(stage, model, parts[index], list(programs.values()))
     _check_tied(stage, model)
     remember(stage, Conversion(conversion.plan, conversion.carriers, conversion.compared))
     return stage.train(model.training)
@@ -72,17 +79,20 @@ def pipeline_stage(
 # -- analysis ----------------------------------------------------------------------------------------------------------
 
 
-def _check_whole(model: nn.Module, names: tuple[str, ...]) -> None:
+def _check_whole(model: nn.Module, parts: list[tuple[str, ...]], index: int) -> None:
     kind = type(model).__name__
-    if not names:
-        raise UnsupportedModelError(f"A stage of {kind} needs at least one module: layers=() names none.")
+    if not 0 <= index < len(parts):
+        raise UnsupportedModelError(f"There is no stage {index} of {len(parts)}; the first one is 0.")
     there = dict(model.named_modules())
-    unknown = [name for name in names if name not in there or not name]
-    if unknown:
-        raise UnsupportedModelError(
-            f"{kind} has no module {', '.join(map(repr, unknown))}. Name modules as model.named_modules() does, on the "
-            "whole converted model: a copy from which layers were deleted can't be cut."
-        )
+    for number, names in enumerate(parts):
+        if not names:
+            raise UnsupportedModelError(f"Stage {number} of {kind} names no module; each needs at least one.")
+        for name in names:
+            if name not in there or not name:
+                raise UnsupportedModelError(
+                    f"{kind} has no module {name!r}, which is in stage {number}. Name modules as model.named_modules() "
+                    "does, on the whole converted model: a copy from which layers were deleted can't be cut."
+                )
     for name, module in there.items():
         if frees_parameters(module) or any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
             raise UnsupportedModelError(
@@ -92,8 +102,8 @@ def _check_whole(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _program(
-    model: nn.Module, conversion: Conversion, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any],
-    training: bool,
+    model: nn.Module, conversion: Conversion, parts: list[tuple[str, ...]], index: int, args: tuple[Any, ...],
+    kwargs: dict[str, Any], training: bool,
 ) -> Program:  # fmt: skip
     forward = original_forward(model)
     shape = CallShape.of(forward)
@@ -101,22 +111,22 @@ def _program(
     captured = _captured(model, conversion, as_now(bound), training, forward)
     run = _values(model, captured, as_now(bound), training)
     values, facts = run.values, _facts(model, captured, run)
-    _check_names(model, captured, names, facts)
+    _check_names(model, captured, parts, facts)
     try:
-        cut = cut_stage(captured, names, facts)
-    except NoStage as why:
-        raise UnsupportedModelError(f"{', '.join(names)} are no stage of {type(model).__name__}: {why}.") from why
+        cut = cut_stage(captured, parts, index, facts)
+    except NoStages as why:
+        raise UnsupportedModelError(f"{type(model).__name__} has no such stages: {why}.") from why
     for node in (*cut.arriving, *cut.leaving):
         if not isinstance(values[node.name], Tensor):
-            where = "before" if node in cut.arriving else "behind"
+            ends = (index - 1, index) if node in cut.arriving else (index, index + 1)
             raise UnsupportedModelError(
-                f"A {type(values[node.name]).__name__} would have to pass {where} the stage {', '.join(names)} "
-                f"({node.meta.get('source') or node.target}), and only tensors can. Cut elsewhere, or call the model "
-                "so that there is none (use_cache=False for transformers' caches)."
+                f"From stage {ends[0]} to {ends[1]} a {type(values[node.name]).__name__} would have to pass "
+                f"({node.meta.get('source') or node.target}), and only tensors can. Cut elsewhere, or give an example "
+                "in which there is none (use_cache=False for the caches of transformers)."
             )
-    reads = tuple(
-        read for read in captured.reads if read.root is not None or read.steps[-1:] != (("attr", "training"),)
-    )
+    fuse_site_calls(cut.graph)
+    mode = (("attr", "training"),)  # there is a program for each
+    reads = tuple(read for read in captured.reads if read.root is not None or read.steps[-1:] != mode)
     return Program(
         cut, compile_graph(cut.graph, f"stage of {type(model).__name__}"),
         tuple(_passing(node, values[node.name]) for node in cut.arriving), shape, tree_map(_form, bound),
@@ -127,26 +137,57 @@ def _program(
 def _captured(
     model: nn.Module, conversion: Conversion, bound: dict[str, Any], training: bool, forward: Callable[..., Any]
 ) -> ModuleGraph:
-    """The forward that calls the layers, with all on the way to them as a part of it."""
-    ways = {
-        ".".join(parts[:k]) for name in conversion.carriers for parts in [name.split(".")] for k in range(1, len(parts))
-    }
-    within = sorted(name for name in conversion.carriers if name == "" or name in ways)
-    if within:
+    """The forward that calls the layers, with all on the way to them as a part of it; on streams if it has sites."""
+    ways: set[str] = set()
+    for name in conversion.carriers:
+        parts = name.split(".")
+        ways.update(".".join(parts[:k]) for k in range(1, len(parts)))
+    between = sorted(ways & conversion.carriers.keys())
+    if between:
         raise UnsupportedModelError(
-            f"The forward of {within[0] or type(model).__name__!r} adds to the residual stream of its layers itself, "
-            "or changes it between them, so that it has no calls of layers to cut at. Convert the stages one by one, "
-            "or cut with torch.distributed.pipelining.pipeline."
+            f"The forward of {between[0]!r} adds to the residual stream of its layers itself, or changes it between "
+            "them, and is not the model's own. Convert that module alone and cut it, or cut with "
+            "torch.distributed.pipelining.pipeline."
         )
-    inlined = [model.get_submodule(way) for way in ways]
+    mine = conversion.carriers.get("", CarrierWiring())
+    inlined = [model.get_submodule(part) for part in ways | mine.inlined]
     try:
-        return capture_forward(model, "", bound, inlined, training, forward)[0]
+        captured, residuals = capture_forward(model, "", bound, inlined, training, forward, mine.known)
     except CaptureError as error:
         raise CaptureError(
-            f"{error} A pipeline is cut in this forward; its modules are called as they are. Or cut with "
-            "torch.distributed.pipelining.pipeline.",
-            error.module,
-        ) from error
+            f"{error} A pipeline is cut in this forward; what it calls needs no capture. Or cut with "
+            "torch.distributed.pipelining.pipeline.", error.module
+        ) from error  # fmt: skip
+    if not mine.targets:
+        return captured
+    config = conversion.plan.config
+    rewrite = expand_streams(
+        captured, residuals, mine.targets, n=None if config.stretches else config.n, collapse=config.collapse,
+        arriving=frozenset(), leaving=frozenset(),
+    )  # fmt: skip
+    return replace(captured, graph=_late(rewrite.graph))
+
+
+def _late(graph: fx.Graph) -> fx.Graph:
+    """A rewritten forward in which sites read where their blocks do, and not as soon as the site before has written."""
+    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def waits(node: fx.Node) -> bool:
+        source = node.args[0] if node.target is operator.getitem else node
+        return node.op == "get_attr" or (isinstance(source, fx.Node) and source.meta.get("role") == "pre")
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in made:
+            made[node] = new.node_copy(node, copy)
+        return made[node]
+
+    for node in graph.nodes:
+        if node.op == "output":
+            result, _ = node.args[0]
+            new.output(fx.node.map_arg(result, copy))
+        elif not waits(node):
+            copy(node)
+    return new
 
 
 def _passing(node: fx.Node, value: Tensor) -> Passing:
@@ -220,32 +261,36 @@ def _values(model: nn.Module, captured: ModuleGraph, bound: dict[str, Any], trai
 
 def _facts(model: nn.Module, captured: ModuleGraph, run: _Values) -> ForwardFacts:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    calls = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    weighted = {path for path in calls if next(model.get_submodule(path).parameters(), None) is not None}
+    read = {str(node.target) for op in ("call_module", "get_attr") for node in captured.graph.find_nodes(op=op)}
+    modules = {path: module for path, module in model.named_modules() if path in read}
+    weighted = {path for path, module in modules.items() if next(module.parameters(), None) is not None}
     shapes = {tuple(value.shape) for value in run.values.values() if is_state(value)}
     return ForwardFacts(frozenset(weighted), frozenset(parameters), frozenset(run.forms), frozenset(shapes))
 
 
-def _check_names(model: nn.Module, captured: ModuleGraph, names: tuple[str, ...], facts: ForwardFacts) -> None:
-    """Refuses names of what the forward does not call, or calls in another order."""
-    called: dict[str, None] = {str(call.target): None for call in calls_of(captured, names, facts.weighted)}
-    firsts = []
-    for name in names:
-        mine = [place for place, path in enumerate(called) if path == name or path.startswith(name + ".")]
-        if not mine:
-            outer = next((path for path in called if name.startswith(path + ".")), None)
-            listed = ", ".join([*called][:_LISTED]) + (", ..." if len(called) > _LISTED else "")
+def _check_names(model: nn.Module, captured: ModuleGraph, parts: list[tuple[str, ...]], facts: ForwardFacts) -> None:
+    """Refuses names of what the forward does not call, and calls of what has no name or two."""
+    kind = type(model).__name__
+    paths = called(captured, facts.weighted)
+    everything = {str(node.target) for node in captured.graph.find_nodes(op="call_module")} | set(paths)
+    for number, names in enumerate(parts):
+        for name in names:
+            if not any(within(path, name) for path in everything):
+                outer = next((path for path in paths if within(name, path)), None)
+                raise UnsupportedModelError(
+                    (f"{name!r}, in stage {number}, is a part of {outer!r}, which the forward of {kind} calls as a "
+                     "whole. " if outer else
+                     f"The forward of {kind} does not call {name!r}, of stage {number}, on this example. ")
+                    + f"A stage may have: {', '.join(paths[:_LISTED])}{', ...' * (len(paths) > _LISTED)}."
+                )  # fmt: skip
+    for path in paths:
+        holders = [number for number, names in enumerate(parts) for name in names if within(path, name)]
+        if len(holders) != 1:
             raise UnsupportedModelError(
-                (f"{name!r} is a part of {outer!r}, which the forward of {type(model).__name__} calls as a whole. "
-                 if outer else f"The forward of {type(model).__name__} does not call {name!r} on this example. ")
-                + f"A stage may have: {listed}."
-            )  # fmt: skip
-        firsts.append(mine[0])
-    if firsts != sorted(firsts):
-        ordered = ", ".join(name for _, name in sorted(zip(firsts, names, strict=True)))
-        raise UnsupportedModelError(
-            f"The forward of {type(model).__name__} calls {', '.join(names)} in another order: {ordered}."
-        )
+                f"The forward of {kind} calls {path!r}, which is "
+                + (f"named more than once, in the stages {', '.join(map(str, holders))}" if holders else "in no stage")
+                + ". Each module with parameters that it calls belongs to one stage."
+            )
 
 
 # -- the stage as a module ---------------------------------------------------------------------------------------------
@@ -255,7 +300,7 @@ def _fill(stage: Stage, model: nn.Module, names: tuple[str, ...], programs: list
     """Puts the model's own modules, and what the forward reads beside them, into the stage, under their names."""
     called = [str(n.target) for program in programs for n in program.cut.graph.find_nodes(op="call_module")]
     for path in dict.fromkeys((*names, *called)):
-        if not any(path.startswith(name + ".") for name in names):
+        if path in names or not any(within(path, name) for name in names):
             _way_to(stage, model, path).add_module(path.rpartition(".")[2], model.get_submodule(path))
     for path in dict.fromkeys(str(n.target) for p in programs for n in p.cut.graph.find_nodes(op="get_attr")):
         owner, _, name = path.rpartition(".")

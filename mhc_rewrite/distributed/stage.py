@@ -170,5 +170,6 @@ def _as_sent(value: Any) -> Any:
     if is_state(value):
         value = value.streams if value.streams is not None else streams_of(value)
     value = plain(value).contiguous()  # nothing else is sent
-    # Schedules detach in place what leaves a stage, which a view does not allow.
-    return torch.ops.aten._unsafe_view(value, value.shape) if value._is_view() else value
+    # Schedules detach in place what leaves a stage: a view does not allow it, and a parameter or what came in would be
+    # detached for good.
+    return torch.ops.aten._unsafe_view(value, value.shape) if value._is_view() or value.is_leaf else value

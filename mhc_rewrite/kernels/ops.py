@@ -27,6 +27,7 @@ import hashlib
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,7 @@ from mhc_rewrite.errors import KernelError
 from mhc_rewrite.kernels import aten, composed, cpu, gpu, selection, sharding
 from mhc_rewrite.kernels.checks import on_one_device
 from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, norms_of, streams_of
-from mhc_rewrite.torch_private import constant_while_tracing, decompose_in_compiled_graphs
+from mhc_rewrite.torch_private import asked_for, constant_while_tracing, decompose_in_compiled_graphs, runs_again
 
 Outputs = tuple[Tensor, ...]
 
@@ -409,11 +410,38 @@ def _keep_pre(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _pre_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *pre_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_in_two_runs(ctx, pre_backward, gradients[:-2]), None, None, None, None
 
 
 def _boundary_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *boundary_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_in_two_runs(ctx, boundary_backward, gradients[:-2]), None, None, None, None
+
+
+_PARAMETERS_LAST = 3  # phi, alpha, bias
+
+
+def _in_two_runs(ctx: Any, backward: Any, gradients: Outputs) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator. Where a schedule of a pipeline asks for those of the parameters in a later run, in
+    which the same gradients come in, they are kept for it: they are small, and the state is not needed again."""
+    kept, ctx.kept = getattr(ctx, "kept", None), None
+    if kept is not None:
+        came, made = kept
+        same = all(
+            was() is now and version == now._version for (was, version), now in zip(came, gradients, strict=True)
+        )
+        others = len(ctx.next_functions) - _PARAMETERS_LAST
+        if same and not any(asked_for(ctx)[:others]):
+            return *[None] * others, *made
+    made = backward(*gradients, *ctx.saved_tensors, *ctx.options)
+    if type(gradients[0]) is Tensor and not torch.is_grad_enabled() and runs_again() is not None:
+        came = [(weakref.ref(gradient), gradient._version) for gradient in gradients]
+        ctx.kept = came, made[-_PARAMETERS_LAST:]
+    return made
+
+
+def asks_once(node: Any) -> bool:
+    """Whether a node is one of those operators' and asks for what it has saved in the first of two runs alone."""
+    return str(node.name()).startswith("GeneratedBackwardFor_mhc_rewrite_")
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

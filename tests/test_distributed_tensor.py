@@ -11,7 +11,6 @@ import ranks
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "operators": ["sites_on_dtensors"],
     "training": ["counts", "trains"],
     "sites": ["tensor_parallel_alone", "wrong_gradients_are_found", "wrong_use_is_refused", "sites_keep_their_ways"],
     "others": ["with_fsdp", "others_see_the_trunk"],
@@ -22,6 +21,10 @@ COMPILED = ["trains_in_compiled_layers", "trains_compiled", "trains_by_inductor"
 @pytest.mark.parametrize("kind", CASES)
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_tensor", *CASES[kind], folder=tmp_path)
+
+
+def test_operators(tmp_path: Path) -> None:
+    ranks.run("rank_cases_dtensor", "sites_on_dtensors", folder=tmp_path)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import nox
 
-EXTRAS = "demo,export,hf,peers,test,vision"
+EXTRAS = "demo,export,hf,look,peers,test,vision"
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 
 

@@ -1,5 +1,8 @@
 """Rewrites the residual streams of PyTorch models into manifold-constrained hyper-connections (arXiv:2512.24880)."""
 
+import importlib
+from typing import Any
+
 from mhc_rewrite.api import graphs, mhcify, plan, report, unmhcify
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import Connection, register_connection
@@ -17,7 +20,9 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "__version__",
+    "ablate",
     "compile",
+    "draw",
     "gates",
     "graphs",
     "is_converted",
@@ -31,5 +36,21 @@ __all__ = [
     "report",
     "save_sites",
     "site_parameters",
+    "stream_lens",
     "unmhcify",
+    "watch",
 ]
+
+# What looks at models is imported when it is first asked for.
+_LATER = {
+    "ablate": "mhc_rewrite.insight.ablation",
+    "draw": "mhc_rewrite.insight.drawing",
+    "stream_lens": "mhc_rewrite.insight.lens",
+    "watch": "mhc_rewrite.insight.watching.recording",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

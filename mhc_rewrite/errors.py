@@ -52,3 +52,11 @@ class KernelError(MHCError, ValueError):
 
 class PeerError(MHCError):
     """Another package's sites, for comparison, are not there or can't run a model."""
+
+
+class RunFileError(MHCError, ValueError):
+    """A file of a watched run can't be read or written, or is another run's."""
+
+
+class DrawingError(MHCError, ValueError):
+    """A picture can't be made of this, or can't be written there."""

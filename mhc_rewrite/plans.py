@@ -92,6 +92,21 @@ class Rejection:
 
 
 @dataclass(frozen=True)
+class TrunkOperation:
+    """One call of an operation on the trunk that acts on every stream.
+
+    Attributes:
+        name: `<module>: <operation>`, as in `ResidualStream.lifted`.
+        site: number, among the calls of the stream's sites, of the one that comes next, or that it stands beside.
+        beside: it stands between what this site reads and what it writes, so beside the block.
+    """
+
+    name: str
+    site: int
+    beside: bool = False
+
+
+@dataclass(frozen=True)
 class ResidualStream:
     """Sites that pass one trunk from each to the next, in execution order.
 
@@ -102,6 +117,8 @@ class ResidualStream:
         scope: the innermost module whose call runs the whole stream.
         lifted: operations on the trunk that act on every stream, `<module>: <operation>`.
         nonlinear: those of `lifted` that do not keep the mean of the streams: with `init="preserve"` these start equal.
+        operations: where those of `lifted` stand, call by call.
+        reads: numbers of the streams whose results go into this one, those alone that no other of them hands on.
     """
 
     sites: tuple[ResidualSite, ...]
@@ -110,6 +127,8 @@ class ResidualStream:
     scope: str
     lifted: tuple[str, ...] = ()
     nonlinear: tuple[str, ...] = ()
+    operations: tuple[TrunkOperation, ...] = ()
+    reads: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -19,7 +20,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 import mhc_rewrite
-from mhc_rewrite.cli import bench, cost, experiment, listing, machine, spec
+from mhc_rewrite.cli import bench, cost, experiment, listing, machine, report, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.cli.options import Connected, Settings, Spec, Static, Streams, number_of_streams
 from mhc_rewrite.errors import ExampleInputsError, MHCError
@@ -132,6 +133,34 @@ def print_sites(
         print(json.dumps(plan.to_dict(), indent=2))
 
 
+@app.command("draw")
+def draw_model(
+    model: Spec,
+    to: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="model.svg, .html, .png or .dot.", show_default=False),
+    ],
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Draw every layer, also those that are alike.")] = False,
+    n: Streams = "4",
+    connection: Connected = "mhc",
+    static: Static = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    config: Settings = None,
+) -> None:
+    """Draw the model before and after: its trunks, and the streams that they would become."""
+    with _working(f"Drawing {model}"):
+        from mhc_rewrite.insight.drawing import check_path
+
+        check_path(to)
+        streams = number_of_streams(n)
+        built, inputs = spec.load(model, config or ())
+        chosen = _chosen(streams, connection, static, include, exclude)
+        drawn = mhc_rewrite.draw(built, inputs, folded=not unfolded, **chosen)
+        drawn.save(to)
+    print(to)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"mhc-rewrite {importlib.metadata.version('mhc-rewrite')}")
@@ -205,6 +234,7 @@ cost.register(app, _show, _working)
 bench.register(app, _show, _working)
 experiment.register(app, _show, _working)
 machine.register(app, _show, _working)
+report.register(app, _show, _working)
 
 if __name__ == "__main__":
     app()

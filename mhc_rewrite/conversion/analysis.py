@@ -36,9 +36,10 @@ from mhc_rewrite.passes.link_streams import (
     decided_shared,
     decided_sources,
     link_streams,
+    reads_of,
 )
 from mhc_rewrite.passes.same_site import Known, SiteKey
-from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan
+from mhc_rewrite.plans import Rejection, ResidualSite, ResidualStream, RewritePlan, TrunkOperation
 from mhc_rewrite.torch_private import has_hooks
 
 # How many modules an error proposes to exclude.
@@ -139,6 +140,7 @@ def _planned(
     streams: list[ResidualStream] = []
     kept: list[tuple[SiteRef, ...]] = []
     repeated: list[set[str]] = []
+    found: list[LinkedStream] = []
     for chain, linked in chains:
         chosen = [replace(sites[ref], excluded=not wanted(sites[ref], config, filter_fn)) for ref in chain]
         included = [i for i, site in enumerate(chosen) if not site.excluded]
@@ -153,9 +155,12 @@ def _planned(
         kept.append(chain[part])
         called = [segment.call.name for segment in linked.segments]
         repeated.append({name for name in called if called.count(name) > 1})
-        streams.append(_stream(tuple(chosen[part]), linked))
+        streams.append(_stream(tuple(chosen[part]), chain[part], linked))
+        found.append(linked)
     if not streams and not rejections:
         rejections = [Rejection(call.name, None, *_OUT_OF_SIGHT) for call in modes[0].chosen[:1]]
+    reads = reads_of(modes[0].recording, found)
+    streams = [replace(stream, reads=others) for stream, others in zip(streams, reads, strict=True)]
     # The recording and a graph may both have seen an add: one reason a line.
     once = {(r.source, r.rule) if r.source else r: r for r in reversed(rejections)}
     plan = RewritePlan(type(model).__name__, config, tuple(streams), tuple(reversed(once.values())), tuple(notes))
@@ -328,19 +333,29 @@ def _too_short(sites: list[ResidualSite], count: int, config: MHCConfig) -> Reje
     return Rejection(first.holder, first.source, *too_short(count, config.min_sites))
 
 
-def _stream(sites: tuple[ResidualSite, ...], linked: LinkedStream) -> ResidualStream:
-    lifts: list[tuple[str, Lift]] = []
+def _stream(sites: tuple[ResidualSite, ...], chain: tuple[SiteRef, ...], linked: LinkedStream) -> ResidualStream:
+    """A stream of the plan; `chain` are its sites as references, of which `linked` may hold more at its ends."""
+    lifts: list[tuple[str, Lift, int, bool]] = []
+    at = 0
     for before, segment in zip((None, *linked.segments), linked.segments, strict=False):
         name = segment.call.name or "model"
-        first, *rest = segment.trunk.sites
         if before is not None:
-            lifts += [(before.call.name or "model", lift) for lift in before.trunk.after]
-            lifts += [(name, lift) for lift in segment.trunk.before]
-        for stretch in (first.lifts[: first.chain.index(first.read)], *(site.lifts for site in rest)):
-            lifts += [(name, lift) for lift in reversed(stretch)]
-    lifted = {f"{name}: {lift.node.name}": lift.linear for name, lift in lifts}
+            lifts += [(before.call.name or "model", lift, at, False) for lift in before.trunk.after]
+            lifts += [(name, lift, at, False) for lift in segment.trunk.before]
+        for ref, site in zip(segment.refs, segment.trunk.sites, strict=True):
+            read = site.chain.index(site.read)
+            earlier = [] if site is segment.trunk.sites[0] else site.lifts[read:]
+            lifts += [(name, lift, at, False) for lift in reversed(earlier)]
+            lifts += [(name, lift, at, True) for lift in reversed(site.lifts[:read])]
+            at = chain.index(ref, at) + 1 if ref in chain[at:] else at
+    lifted = {f"{name}: {lift.node.name}": lift.linear for name, lift, *_ in lifts}
     nonlinear = tuple(text for text, linear in lifted.items() if not linear)
-    return ResidualStream(sites, sites[0].carrier, sites[-1].carrier, linked.scope, tuple(lifted), nonlinear)
+    operations = tuple(
+        TrunkOperation(f"{name}: {lift.node.name}", site, beside)
+        for name, lift, site, beside in lifts if site < len(sites) and (site or beside)
+    )  # fmt: skip
+    entry, end = sites[0].carrier, sites[-1].carrier
+    return ResidualStream(sites, entry, end, linked.scope, tuple(lifted), nonlinear, operations)
 
 
 def _check_dtypes(plan: RewritePlan) -> None:

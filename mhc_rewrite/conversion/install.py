@@ -30,7 +30,7 @@ from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 from mhc_rewrite.sites.state import plain
-from mhc_rewrite.torch_private import scripted_calls_take
+from mhc_rewrite.torch_private import scripted_calls_take, shards_take
 
 # Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for
 # its fused layers, which a rewritten layer can't take.
@@ -57,6 +57,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
     made: Any = None
     meet_dynamo()
     scripted_calls_take(plain)  # code between the layers may be TorchScript's
+    shards_take(plain)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -298,7 +298,8 @@ def renamed(saved: SavedPlan, rename: Callable[[str], str | None]) -> SavedPlan:
             for s in stream.sites
         )
         entry, end, scope = map(new, (stream.entry, stream.exit, stream.scope))
-        streams.append(replace(stream, sites=sites, entry=entry, exit=end, scope=scope))
+        reads = tuple(numbers[other] for other in stream.reads if other in numbers)
+        streams.append(replace(stream, sites=sites, entry=entry, exit=end, scope=scope, reads=reads))
     names = {site.name for stream in streams for site in stream.sites}
     saved_sites = [
         replace(site, name=name, holder=new(site.holder))

@@ -146,6 +146,27 @@ def _scope(recording: Recording, stream: LinkedStream) -> str:
     return recording.calls[innermost_common(chains)].name
 
 
+def reads_of(recording: Recording, streams: list[LinkedStream]) -> list[tuple[int, ...]]:
+    """For each stream those before it whose results come to one of its carriers, without those that come by way of
+    another of them: a decoder reads its encoder, the third stage of a pyramid the second.
+    """
+    reach: list[set[int]] = []  # values that depend on what the stream hands on at its end
+    for stream in streams:
+        values = set(stream.segments[-1].went_out)
+        for operation in recording.operations:
+            if not values.isdisjoint(operation.inputs):
+                values.update(operation.outputs)
+        reach.append(values)
+    read = [
+        {
+            other for other in range(number)
+            if any(not reach[other].isdisjoint(segment.call.leaf_values.values()) for segment in own.segments)
+        }
+        for number, own in enumerate(streams)
+    ]  # fmt: skip
+    return [tuple(sorted(others - {far for near in others for far in read[near]})) for others in read]
+
+
 def _each_once(streams: list[LinkedStream]) -> list[LinkedStream]:
     """A stream that runs twice, say through an encoder that is called twice, is one stream."""
     seen: dict[tuple[SiteRef, ...], LinkedStream] = {}

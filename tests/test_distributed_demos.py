@@ -47,7 +47,7 @@ def test_the_demo_resumes_on_another_number_of_processes(tmp_path: Path) -> None
 @pytest.mark.parametrize("bf16", ([], ["--bf16"]), ids=["fp32", "bf16"])
 def test_the_demo_in_every_way(bf16: list[str], tmp_path: Path) -> None:
     """Each from the same start, and each from the checkpoint of the one before."""
-    ways = [("ddp", 2), ("fsdp", 4), ("pp", 2), ("fsdp+pp", 4)]
+    ways = [("ddp", 2), ("fsdp", 4), ("tp", 2), ("pp", 2), ("fsdp+pp", 4)]
     starts = [trained(way, tmp_path / way, *bf16, world=world) for way, world in ways if not (tmp_path / way).mkdir()]
     assert max(first for first, _ in starts) - min(first for first, _ in starts) < (1e-2 if bf16 else 1e-5)
     last = starts[0][1]

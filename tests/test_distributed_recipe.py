@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 
 CASES = {
     "wrappers": ["ddp_options", "ddp_accumulates", "fsdp_root_only", "fsdp_offloaded", "clipped_steps"],
-    "compiled": ["some_fused_boundaries"],
 }
 LONG = [
     "all_fused_boundaries",
@@ -36,10 +35,14 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_recipe", *CASES[kind], folder=tmp_path)
 
 
+def test_compilers_fuse_what_they_see(tmp_path: Path) -> None:
+    ranks.run("rank_cases_figures", "some_fused_boundaries", folder=tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG)
 def test_two_processes_for_long(case: str, tmp_path: Path) -> None:
-    ranks.run("rank_cases_recipe", case, folder=tmp_path, limit=600)
+    ranks.run("rank_cases_figures", case, folder=tmp_path, limit=900)
 
 
 def test_checkpoints(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def row(what: str, bar: str, module: str, *cases: str, figure: str = "held") -> 
     return Row(what, bar, module, (Launch(cases),), figure)
 
 
-RECIPE, FIGURES = "rank_cases_recipe", "rank_cases_figures"
+RECIPE, FIGURES, PIPELINE = "rank_cases_recipe", "rank_cases_figures", "rank_cases_pipeline"
 ROWS = (
     row(
         "FSDP2, `recompute=` 1, 2, 4, 6, 8, auto; resharded behind forward or not; sites in their layer's group or by "
@@ -87,6 +87,15 @@ ROWS = (
         "sequence parallelism with plain tensors and with DTensors between the regions, eager and compiled; three "
         "steps of AdamW with clipping",
         "loss 1e-5, gradients 1e-4, equal on all ranks", "rank_cases_tensor", "trains", "trains_compiled",
+    ),
+    row(
+        "stages of two and of four, under GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBV and DualPipeV",
+        "gradients 1e-5, cut (B, T, n, C), evaluations of a site at most 2.5 a microbatch", PIPELINE, "stages_of_two",
+        "stages_of_four",
+    ),
+    Row(
+        "two stages, each sharded by FSDP2 over two of four processes", "gradients 1e-5", PIPELINE,
+        (Launch(("with_fsdp",), world=4),), "held",
     ),
     row(
         "a Llama on the meta device, sharded, `to_empty`, weights from one rank, `reset_parameters`",

@@ -87,7 +87,7 @@ def test_figures_go_between_their_marks() -> None:
         distributed_figures.written("nothing", {})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_row_is_what_its_cases_reach(capsys: pytest.CaptureFixture[str]) -> None:
     distributed_figures.main(only="gathers", write=False)
     printed = capsys.readouterr().out.splitlines()

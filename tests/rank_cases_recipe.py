@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -35,10 +36,12 @@ from mhc_rewrite.distributed import check_sites, shard_sites
 from oracle import perturb, site_parameters
 from rank_cases import (
     agree,
+    batch,
     converted,
     gradients,
     in_one,
     loss,
+    plain,
     shard,
     shard_by_themselves,
     sites_of,
@@ -207,6 +210,23 @@ def resumes_alone() -> dict[str, float]:
     error = max(abs(mine / its - 1) for mine, its in zip(got, seen["losses"], strict=True))
     assert error <= 1e-5, error
     return {"loss": error}
+
+
+def full_state_dicts() -> None:
+    """Gathered for one rank to save, and handed out by one rank; to a converted model, and what it has learned."""
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    handed_out = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    want = converted().state_dict()
+    for spread in (shard, shard_by_themselves, DistributedDataParallel):
+        found = get_model_state_dict(spread(converted()), options=full)
+        if dist.get_rank() == 0:
+            assert found.keys() == want.keys()
+            assert all(torch.equal(found[name], its) for name, its in want.items())
+        model: Any = mhcify(plain(), (batch(0),))
+        wrapped = spread(model)
+        set_model_state_dict(wrapped, found if dist.get_rank() == 0 else {}, options=handed_out)
+        for name, p in model.named_parameters():
+            assert torch.equal(whole(p.detach()), want[name]), name
 
 
 STEPS, KILLED_AT, SAVED_EVERY = 6, 5, 2

@@ -45,7 +45,8 @@ def test_two_processes_for_long(case: str, tmp_path: Path) -> None:
 def test_checkpoints(tmp_path: Path) -> None:
     """To the bit in as many processes, in one of a loss of 1e-5; written at once and in the background."""
     ways = "saves_in_the_background", "saves"
-    ranks.run("rank_cases_recipe", *[case for way in ways for case in (way, "resumes_to_the_bit")], folder=tmp_path)
+    cases = [case for way in ways for case in (way, "resumes_to_the_bit")]
+    ranks.run("rank_cases_recipe", *cases, "full_state_dicts", folder=tmp_path)
     ranks.run("rank_cases_recipe", "resumes_alone", folder=tmp_path, world=1)
 
 

@@ -87,8 +87,24 @@ def test_figures_go_between_their_marks() -> None:
         distributed_figures.written("nothing", {})
 
 
+def test_what_fails_has_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(row: distributed_figures.Row) -> str:
+        if row.what == distributed_figures.ROWS[0].what:
+            raise AssertionError("out of bounds")
+        return "2"
+
+    monkeypatch.setattr(distributed_figures, "reached", fails)
+    with pytest.raises(typer.Exit) as ended:
+        distributed_figures.main(only="", write=False)
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr()
+    assert "out of bounds" in said.err and said.out.count(" | 2 |\n") == len(distributed_figures.ROWS) - 1
+
+
 @pytest.mark.long
 def test_a_row_is_what_its_cases_reach(capsys: pytest.CaptureFixture[str]) -> None:
-    distributed_figures.main(only="gathers", write=False)
+    with pytest.raises(typer.Exit) as ended:
+        distributed_figures.main(only="gathers", write=False)
+    assert ended.value.exit_code == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 and "9 + 5 unconverted, 9 + 5 converted, 17 + 13 with" in printed[2]

@@ -92,7 +92,7 @@ ROWS = (
     row(
         "stages of two and of four, under GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBV and DualPipeV",
         "gradients 1e-5, cut (B, T, n, C), evaluations of a site at most 2.5 a microbatch", PIPELINE, "stages_of_two",
-        "stages_of_four",
+        "stages_of_four", figure="held; {two:.2f} and {four:.2f} evaluations",
     ),
     Row(
         "two stages, each sharded by FSDP2 over two of four processes", "gradients 1e-5", PIPELINE,

@@ -42,6 +42,7 @@ from rank_cases import (
     in_one,
     loss,
     plain,
+    refused,
     shard,
     shard_by_themselves,
     sites_of,
@@ -91,6 +92,16 @@ def fsdp_offloaded() -> None:
     model = shard(converted(recompute=4), offload_policy=CPUOffloadPolicy(pin_memory=False))
     step(model)
     agree(gradients(model), want)
+
+
+def sites_of_stages_are_checked() -> None:
+    """Ranks with other sites, or none: an error at once on all, where collectives would wait for one another."""
+    own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    for number in range(2):
+        model = converted(1 + (dist.get_rank() == number))
+        loss(model(batch(0))).backward()
+        refused(lambda model=model: check_sites(model), "layers.1.mhc_0.", "group")  # type: ignore[misc]
+        check_sites(model, own)
 
 
 # -- optimizers and checkpoints ----------------------------------------------------------------------------------------

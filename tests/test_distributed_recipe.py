@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.slow
 
-CASES = ["ddp_options", "ddp_accumulates", "fsdp_root_only", "fsdp_offloaded", "clipped_steps"]
+CASES = [
+    "ddp_options",
+    "ddp_accumulates",
+    "fsdp_root_only",
+    "fsdp_offloaded",
+    "sites_of_stages_are_checked",
+    "clipped_steps",
+]
 LONG = [
     "all_fused_boundaries",
     "every_recompute",

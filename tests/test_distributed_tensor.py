@@ -15,6 +15,7 @@ CASES = {
     "sites": ["tensor_parallel_alone", "wrong_gradients_are_found", "wrong_use_is_refused", "sites_keep_their_ways"],
     "others": ["with_fsdp", "others_see_the_trunk"],
 }
+DTENSORS = ["sites_on_dtensors", "results_that_nobody_uses", "kinds_on_dtensors", "dropout_on_dtensors"]
 COMPILED = ["trains_in_compiled_layers", "trains_compiled", "trains_by_inductor", "trains_by_mhc"]
 
 
@@ -23,8 +24,8 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_tensor", *CASES[kind], folder=tmp_path)
 
 
-def test_operators(tmp_path: Path) -> None:
-    ranks.run("rank_cases_dtensor", "sites_on_dtensors", folder=tmp_path)
+def test_dtensors(tmp_path: Path) -> None:
+    ranks.run("rank_cases_dtensor", *DTENSORS, folder=tmp_path)
 
 
 @pytest.mark.long

@@ -70,7 +70,7 @@ class Sent:
             stage.register_forward_hook(lambda _, args, out: self.shapes.add(tuple(out.shape)))
 
 
-def pipelined(schedule: Any, layers: Any, mine: tuple[int, ...], **options: Any) -> None:
+def pipelined(schedule: Any, layers: Any, mine: tuple[int, ...], **options: Any) -> float:
     """A schedule on some layers; gradients, what passes, and how often each site is evaluated a microbatch."""
     passing = [WIDE] * (len(layers) - 1) + [(2, 5, VOCABULARY)]
     if layers is WITHOUT_SITES:
@@ -104,19 +104,20 @@ def pipelined(schedule: Any, layers: Any, mine: tuple[int, ...], **options: Any)
     assert sent.shapes == {passing[index] for index in mine}, sent.shapes
     sites = sum(name.rpartition(".")[2].startswith("mhc_") for part in stages for name, _ in part.named_modules())
     # Before the first step the schedule runs each stage once, backward too, to learn what passes.
-    evaluations = sum(counts.values()) / max(sites, 1)
-    print(f"{schedule.__name__} {options}: {evaluations / (MICROBATCHES + 1):.2f} evaluations, {sorted(sent.shapes)}")
-    assert evaluations <= 2.5 * (MICROBATCHES + 1), evaluations
+    evaluations = torch.tensor(sum(counts.values()) / max(sites, 1) / (MICROBATCHES + 1))
+    dist.all_reduce(evaluations, dist.ReduceOp.MAX)
+    print(f"{schedule.__name__} {options}: at most {evaluations:.2f} evaluations, {sorted(sent.shapes)}")
+    assert evaluations <= 2.5, evaluations
+    return evaluations.item()
 
 
-def stages_of_two() -> None:
-    for schedule in (ScheduleGPipe, Schedule1F1B):
-        pipelined(schedule, IN_TWO, (dist.get_rank(),), recompute=3)
+def stages_of_two() -> dict[str, float]:
+    mine = (dist.get_rank(),)
+    return {"two": max(pipelined(kind, IN_TWO, mine, recompute=3) for kind in (ScheduleGPipe, Schedule1F1B))}
 
 
-def stages_of_four() -> None:
-    for schedule, places in SCHEDULES:
-        pipelined(schedule, IN_FOUR, places[dist.get_rank()], recompute=3)
+def stages_of_four() -> dict[str, float]:
+    return {"four": max(pipelined(kind, IN_FOUR, places[dist.get_rank()], recompute=3) for kind, places in SCHEDULES)}
 
 
 def stages_without_recompute() -> None:

@@ -174,7 +174,7 @@ def train(model: Any, run_model: Any = None, steps: int = 3) -> Iterator[tuple[T
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, foreach=True)
     for seed in range(steps):
         optimizer.zero_grad()
-        value, found = run(run_model or model, seed)
+        value, found = run(model if run_model is None else run_model, seed)
         named = dict(zip((name for name, _ in model.named_parameters()), found.values(), strict=True))
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5 * SMALLEST)
         optimizer.step()

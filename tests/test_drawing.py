@@ -177,6 +177,18 @@ def test_a_decoder_reads_its_encoder() -> None:
         assert "exit0 -> entry1" in drawn.dot()
 
 
+def test_a_stream_that_several_read_says_so_once_and_no_line_crosses_another_stream() -> None:
+    """Of five streams, in two rows of the page, the first is read by three: the one beside it alone gets a line."""
+    (stream,) = deep_plan(3).streams
+    reads: tuple[tuple[int, ...], ...] = ((), (0,), (0,), (), (0, 3))
+    plan = dataclasses.replace(deep_plan(3), streams=tuple(dataclasses.replace(stream, reads=r) for r in reads))
+    drawn = draw(plan)
+    found = seen(drawn.svg())
+    assert found.texts.count("to stream 1 and 2 and 4") == 1 and found.texts.count("to stream 4") == 1
+    assert found.classes["mhc-link"] == 2 * 2 and overlapping(sheet(drawn.picture)) == []
+    assert drawn.dot().count("style=dashed, label=reads") == 4
+
+
 class Pyramid(nn.Module):
     """Three runs of layers, each of another width, and an input that goes to the last as well."""
 
@@ -292,7 +304,7 @@ def test_rejections_find_their_place_without_a_model() -> None:
     assert [step.number for step in part.ahead] == [1] and [step.number for step in part.behind] == [3]
     (group,) = part.groups
     assert group.count == 4
-    assert [step.number or step.label for step in group.pattern[0].steps] == ["self_attn", "mlp", 2]
+    assert [step.number or step.label for step in group.pattern[0].steps] == ["self_attn", 2, "mlp"]
     assert [step.number or step.label for step in group.layers[2].steps] == ["self_attn", 2, "mlp"]
 
 
@@ -339,7 +351,7 @@ def test_no_text_overlaps_another_or_leaves_the_page(drawing: Drawing) -> None:
         assert out == [] and all(0 <= box[1] and box[3] <= drawn.height for box in boxes(drawn))
 
 
-@pytest.mark.parametrize(("layers", "n"), [(4, 1), (48, 4), (200, 8), (1000, 16)])
+@pytest.mark.parametrize(("layers", "n"), [(4, 1), (48, 4), (200, 16), (1000, 4)])
 def test_any_depth_folds_to_one_card_and_unfolds_without_overlaps(layers: int, n: int) -> None:
     folded, unfolded = (draw(deep_plan(layers, n), folded=f) for f in (True, False))
     text = folded.svg()

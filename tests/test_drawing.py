@@ -428,6 +428,30 @@ def test_png_has_the_size_of_the_drawing(tmp_path: Path) -> None:
         draw(deep_plan(1000), folded=False).save(tmp_path / "deep.png")
 
 
+def test_model_explorer_gets_graphs_and_a_figure_for_every_site(drawing: Drawing, tmp_path: Path) -> None:
+    """In its formats: a label and graphs; results by graph and node. Edges come from nodes that are there."""
+    drawing.save(tmp_path / "model.json")
+    made = json.loads((tmp_path / "model.json").read_text())
+    plan, figures = drawing.picture.plan, sum((part.figures for part in drawing.picture.parts), Figures())
+    names = {site.name for site in plan.sites}
+    assert made["label"] == plan.model and [graph["id"] for graph in made["graphs"]] == ["after", "before"]
+    for graph in made["graphs"]:
+        nodes = {node["id"]: node for node in graph["nodes"]}
+        assert len(nodes) == len(graph["nodes"]) and names <= set(nodes)
+        edges = [(edge["sourceNodeId"], node["id"]) for node in graph["nodes"] for edge in node["incomingEdges"]]
+        assert {source for source, _ in edges} <= set(nodes)
+        for name in names:  # the trunk and the block's result come in, and the block reads the trunk
+            trunk, block = (edge["sourceNodeId"] for edge in nodes[name]["incomingEdges"])
+            assert [edge["sourceNodeId"] for edge in nodes[block]["incomingEdges"]] == [trunk]
+        left = [node["label"] for node in graph["nodes"] if node["label"].startswith("left alone: ")]
+        assert sorted(left) == sorted(f"left alone: {rejection.rule}" for rejection in plan.rejections)
+    for figure in ("parameters", "forward", "backward", "kept"):
+        ((graph, data),) = json.loads((tmp_path / f"model.{figure}.json").read_text()).items()
+        assert graph == "after" and set(data["results"]) == {site.name for site in plan.sites if not site.excluded}
+        assert sum(result["value"] for result in data["results"].values()) == getattr(figures, figure)
+        assert [stop["stop"] for stop in data["gradient"]] == [0, 1]
+
+
 def test_a_notebook_shows_it() -> None:
     drawn = draw(deep_plan(2))
     assert drawn._repr_svg_() == drawn.svg() and drawn.svg().startswith("<svg ")
@@ -485,7 +509,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     unfolded = CliRunner().invoke(app, ["draw", make, "-o", str(tmp_path / "all.svg"), "--unfolded"])
     assert unfolded.exit_code == 0 and seen((tmp_path / "all.svg").read_text()).classes["mhc-plus"] == 5
     for arguments, said in (
-        ([make, "-o", "model.gif"], "a name ends in .svg, .html, .png, .dot"),
+        ([make, "-o", "model.gif"], "a name ends in .svg, .html, .png, .dot, .json"),
         ([make, "-o", str(tmp_path / "none" / "x.svg")], "there is no folder"),
         ([plain, "-o", str(tmp_path / "x.svg")], "no residual"),
     ):

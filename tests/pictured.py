@@ -24,7 +24,7 @@ from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan, SourceL
 # Text families and hand-made models that are drawn: pre- and post-norm, two streams, one layer called again, operations
 # on the trunk and beside blocks.
 MODELS = (
-    "GPT-2", "BERT", "T5", "ALBERT", "Whisper", "Gemma-2", "DeepNorm", "cast on the trunk", "dropout on the trunk",
+    "GPT-2", "BERT", "T5", "ALBERT", "DeepNorm", "cast on the trunk", "dropout on the trunk",
     "norm on the trunk",
 )  # fmt: skip
 SVG = "{http://www.w3.org/2000/svg}"

@@ -235,6 +235,11 @@ def test_stretches_change_the_lanes() -> None:
     assert total.kept == of.evaluate(of.kept.bytes)
 
 
+def test_one_stream_is_said_to_be_the_model_as_it_is() -> None:
+    drawn = draw(deep_plan(2, 1))
+    assert drawn.picture.about.endswith("nothing would be rewritten") and drawn.picture.parts[0].figures == Figures()
+
+
 def test_layers_that_alternate_are_one_pattern() -> None:
     plan = deep_plan(12)
     (stream,) = plan.streams

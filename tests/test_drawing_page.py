@@ -187,6 +187,17 @@ def test_a_thousand_layers_unfold_and_print(browser: Browser, tmp_path: Path) ->
     assert page.printed().startswith(b"%PDF-") and page.errors == []
 
 
+def test_paper_gets_both_sides_on_white(browser: Browser, path: Path) -> None:
+    page = browser.open(path, width=718, dark=True)
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    page.send("Emulation.setEmulatedMedia", media="print", features=[scheme])
+    visible = "[...document.querySelectorAll('.row svg')].filter(s => s.getClientRects()[0]).map(s => s.classList[1])"
+    assert set(page.evaluate(visible)) == {"a", "b"}
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("document.documentElement.scrollWidth") == 718
+    assert page.evaluate("document.querySelector('.tools').getClientRects().length") == 0
+
+
 def test_the_picture_is_coloured_by_the_reader_too(browser: Browser, tmp_path: Path) -> None:
     """Also what is drawn once and used often."""
     path = draw(deep_plan(3), folded=False).save(tmp_path / "model.svg")

@@ -197,7 +197,7 @@ def test_compiled_code_is_paused_in_sampled_steps() -> None:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    ranks.run("watch_cases", "ddp", "ddp_in_a_checkpoint", "fsdp", folder=tmp_path)
+    ranks.run("watch_cases", "ddp", "ddp_in_a_checkpoint", "fsdp", "files", folder=tmp_path)
 
 
 def small_bert() -> nn.Module:

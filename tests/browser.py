@@ -41,7 +41,8 @@ class Browser:
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (theirs_in, self.out), (self.into, theirs_out) = os.pipe(), os.pipe()
         # Chromium reads commands from 3 and writes answers to 4.
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', CHROMIUM, *FLAGS]
+        # Not sh, which may know no descriptor of two digits.
+        shell = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', CHROMIUM, *FLAGS]
         self.process = subprocess.Popen(
             [*shell, f"--user-data-dir={self.folder.name}"], pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

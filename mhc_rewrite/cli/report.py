@@ -80,9 +80,9 @@ def _report() -> Any:
         import mhc_rewrite.insight.report.findings
         import mhc_rewrite.insight.report.page
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mhc_rewrite"):
+        if (missing := (error.name or "").split(".")[0]) == "mhc_rewrite":
             raise
-        raise CommandError(f'report needs {error.name}. Install it with: pip install "mhc-rewrite[look]"') from error
+        raise CommandError(f'report needs {missing}. Install it with: pip install "mhc-rewrite[look]"') from error
     return mhc_rewrite.insight.report
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mhc_rewrite.insight.report.reading import Array, Shown
 from mhc_rewrite.insight.watching.format import MAPPINGS
-from mhc_rewrite.printing import fold
+from mhc_rewrite.printing import fold, plural
 
 GAIN = 10.0  # of the product of H_res over depth
 SUM_ERROR = 0.1  # of a row or column of H_res
@@ -76,7 +76,9 @@ def _loss(run: Shown) -> Iterator[Finding]:
     yield Finding(f"{text}{run.steps[there[-1]]:,}.", "loss", bad=bool(last > first))
     gaps = np.flatnonzero(~np.isfinite(run.loss))
     if len(gaps := gaps[gaps > there[0]]):
-        when = f"at step {run.steps[gaps[0]]:,}" + (f" and in {len(gaps) - 1} later samples" if len(gaps) > 1 else "")
+        when = f"at step {run.steps[gaps[0]]:,}" + (
+            f" and in {plural(len(gaps) - 1, 'later sample')}" if len(gaps) > 1 else ""
+        )
         if there[-1] < gaps[0]:
             when = f"from step {run.steps[gaps[0]]:,} to the end"
         yield Finding(f"The loss is no finite number {when}.", "loss")

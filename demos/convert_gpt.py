@@ -4,7 +4,8 @@
 2. Both models' logits are compared: they must be equal to `TOLERANCE`, or the demo fails.
 3. Both are trained from that same start, on the same batches of Python's standard library, read as bytes.
 
-Writes `loss.png` and `loss.csv` to the output folder. Nothing is downloaded.
+Writes `loss.png` and `loss.csv` to the output folder, the model drawn, `model.png` and `model.html`, and the training
+as it was watched, `run.jsonl` and `watched.png`. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,10 @@ from rich.rule import Rule
 from rich.table import Table
 from torch import Tensor, nn
 
-from mhc_rewrite import MHCConfig, graphs, mhcify, parameter_groups, report
+from mhc_rewrite import MHCConfig, draw, graphs, mhcify, parameter_groups, report, watch
 from mhc_rewrite.cli import listing
+from mhc_rewrite.insight.watching.format import Run as WatchedRun
+from mhc_rewrite.insight.watching.format import read
 from mhc_rewrite.printing import as_text
 from mhc_rewrite.sites.state import is_state, streams_of
 
@@ -36,6 +40,7 @@ TOLERANCE = 1e-5
 BATCH, LENGTH = 8, 64
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.1, 20
 SMOOTHING = 20
+WATCH_EVERY = 10
 EVERY_NTH_FILE_HELD_OUT = 10
 HELD_OUT_BATCHES = 8
 
@@ -49,6 +54,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    seen: Any = None  # what watches it
 
     def step(self, batch: Tensor) -> None:
         start = time.perf_counter()
@@ -58,6 +64,8 @@ class Run:
         loss = loss_of(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.seen is not None:
+            self.seen.step(loss)
         self.optimizer.step()
         self.seconds += time.perf_counter() - start
         self.losses.append(loss.item())
@@ -97,11 +105,13 @@ def main() -> int:
         return 1
 
     start_section(console, "Training, both from this start, on the same batches")
-    runs = [Run("original", original, optimizer(original)), Run("mHC", converted, optimizer(converted))]
-    train(console, runs, batches(train_text, options.seed), options.steps)
+    watched = options.output / "run.jsonl"
+    watched.unlink(missing_ok=True)
+    with watch(converted, every=WATCH_EVERY, to=watched) as seen:
+        runs = [Run("original", original, optimizer(original)), Run("mHC", converted, optimizer(converted), seen=seen)]
+        train(console, runs, batches(train_text, options.seed), options.steps)
 
     start_section(console, "Result")
-    options.output.mkdir(parents=True, exist_ok=True)
     write_csv(runs, options.output / "loss.csv")
     write_picture(runs, options.output / "loss.png")
     print(terminal_plot(runs, colour=console.is_terminal, width=min(console.width, 100)))
@@ -113,13 +123,20 @@ def main() -> int:
         highlight=False,
     )
     console.print(f"loss curves: {options.output / 'loss.png'}, {options.output / 'loss.csv'}", highlight=False)
+
+    start_section(console, "Pictures")
+    drawing = draw(converted)
+    for name in ("model.png", "model.html"):
+        console.print(f"the model, before and after: {drawing.save(options.output / name)}", highlight=False)
+    write_watched_picture(read(watched), options.output / "watched.png")
+    console.print(f"what its sites did in training: {options.output / 'watched.png'}, from {watched}", highlight=False)
     return 0
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--steps", type=positive, default=400, help="training steps of each model (default: 400)")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the loss curves")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for curves and pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=positive, default=1, help="of PyTorch on the CPU (default: 1)")
     return parser.parse_args()
@@ -132,7 +149,7 @@ def positive(text: str) -> int:
     return value
 
 
-def small_gpt2() -> nn.Module:
+def small_gpt2(layers: int = 4, width: int = 128, length: int = LENGTH) -> nn.Module:
     """GPT-2's layout over bytes, with random weights and without dropout."""
     # A text model needs no torchvision, whose wheel does not load beside every build of torch: transformers, which
     # imports it wherever it is installed, is told that there is none.
@@ -141,10 +158,10 @@ def small_gpt2() -> nn.Module:
 
     config = GPT2Config(
         vocab_size=256,
-        n_layer=4,
-        n_embd=128,
+        n_layer=layers,
+        n_embd=width,
         n_head=4,
-        n_positions=LENGTH,
+        n_positions=length,
         bos_token_id=0,
         eos_token_id=0,
         resid_pdrop=0.0,
@@ -312,6 +329,46 @@ def write_picture(runs: list[Run], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def write_watched_picture(run: WatchedRun, path: Path) -> None:
+    """The converted model's sites over the training: what the streams carry, and what is made of them."""
+    from matplotlib.figure import Figure
+
+    names = [site.name.removeprefix("transformer.") for site in run.header.sites]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
+    gains, apart, uneven = axes[0]
+    for name, label in (("composite_forward_99", "forward"), ("composite_backward_99", "backward")):
+        gains.plot(run.steps, [max(filter(None, row), default=None) for row in run.figure(name)], label=label)
+    gains.set(title="Largest composite gain (99 % of tokens)", xlabel="step", ylim=(0, None))
+    gains.legend()
+    heat_maps = (
+        (apart, "spread", "How far streams are apart"),
+        (uneven, "pre_entropy", "Evenness of H_pre"),
+        (axes[1][0], "from_identity", "Distance of H_res from the identity"),
+    )
+    extent = (run.steps[0], max(run.steps[-1], 1), len(names) - 0.5, -0.5)
+    for axis, name, title in heat_maps:
+        values = [[float("nan") if value is None else value for value in row] for row in run.figure(name)]
+        image = axis.imshow([*zip(*values)], aspect="auto", interpolation="nearest", extent=extent)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set(title=title, xlabel="step")
+        figure.colorbar(image, ax=axis)
+    last = run.samples[-1]
+    n = run.header.sites[-1].n
+    res = last["maps"]["res"][len(names) // 2]
+    for axis, matrix, title in (
+        (axes[1][1], res, f"H_res of {names[len(names) // 2]}, step {last['step']}"),
+        (axes[1][2], last["composite"][0]["map"], "The product of all H_res"),
+    ):
+        rows = [matrix[k : k + n] for k in range(0, n * n, n)]
+        axis.imshow(rows, vmin=0, vmax=1)
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+        axis.set(title=title, xlabel="from stream", ylabel="to stream", xticks=range(n), yticks=range(n))
+    figure.savefig(path, dpi=120)
 
 
 def terminal_plot(runs: list[Run], *, colour: bool, width: int) -> str:

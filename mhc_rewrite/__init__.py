@@ -20,6 +20,7 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "__version__",
+    "ablate",
     "compile",
     "draw",
     "gates",
@@ -35,11 +36,18 @@ __all__ = [
     "report",
     "save_sites",
     "site_parameters",
+    "stream_lens",
     "unmhcify",
+    "watch",
 ]
 
 # What looks at models is imported when it is first asked for.
-_LATER = {"draw": "mhc_rewrite.insight.drawing"}
+_LATER = {
+    "ablate": "mhc_rewrite.insight.ablation",
+    "draw": "mhc_rewrite.insight.drawing",
+    "stream_lens": "mhc_rewrite.insight.lens",
+    "watch": "mhc_rewrite.insight.watching.recording",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ Tests are skipped where there is none.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -40,11 +41,15 @@ class Browser:
         assert CHROMIUM is not None
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (theirs_in, self.out), (self.into, theirs_out) = os.pipe(), os.pipe()
-        # Chromium reads commands from 3 and writes answers to 4.
-        # Not sh, which may know no descriptor of two digits.
-        shell = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', CHROMIUM, *FLAGS]
+
+        def wire() -> None:
+            """Chromium reads commands from 3 and writes answers to 4."""
+            high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
+            for number, fd in enumerate(high, 3):
+                os.dup2(fd, number)
+
         self.process = subprocess.Popen(
-            [*shell, f"--user-data-dir={self.folder.name}"], pass_fds=(theirs_in, theirs_out),
+            [CHROMIUM, *FLAGS, f"--user-data-dir={self.folder.name}"], preexec_fn=wire, close_fds=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(theirs_in)

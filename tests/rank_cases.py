@@ -163,7 +163,7 @@ def fsdp_bf16_policy() -> None:
 
     def look(site: HyperConnection, args: Any, result: Any) -> None:
         *_, post, res = result
-        operands = [t.dtype for t in site._operands(torch.bfloat16) if isinstance(t, Tensor)]
+        operands = [t.dtype for t in site.operands(torch.bfloat16) if isinstance(t, Tensor)]
         seen.append((post.dtype, res.dtype, *operands))
         errors.append(float((res.detach().double().sum(-1) - 1).abs().max()))
 

@@ -150,7 +150,7 @@ def test_ci_runs_make_test() -> None:
 
 @pytest.mark.slow
 def test_demo_runs(tmp_path: Path) -> None:
-    """In a few steps, from another folder: it prints plan, layer, equality and result, and writes both curves."""
+    """In a few steps, from another folder: it prints plan, layer, equality and result, and writes the pictures."""
     output = tmp_path / "out"
     arguments = (str(ROOT / "demos" / "convert_gpt.py"), "--steps", "6", "--threads", "1", "--output", str(output))
     ran = python(*arguments, folder=tmp_path, path=ROOT)
@@ -158,7 +158,9 @@ def test_demo_runs(tmp_path: Path) -> None:
     assert "\x1b" not in ran.stdout
     for text in ("GPT2LMHeadModel", "mhc_0", "largest relative error", "6/6", "loss on held-out files"):
         assert text in ran.stdout
-    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss.png", "model.png", "watched.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert "transformer.h.{0..3}" in (output / "model.html").read_text()
     with (output / "loss.csv").open() as file:
         header, *rows = csv.reader(file)
     assert header == ["step", "original", "mHC"]

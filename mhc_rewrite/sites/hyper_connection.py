@@ -155,7 +155,7 @@ class HyperConnection(KeepsPrecision):
     def coefficients(self, streams: Tensor) -> Coefficients:
         """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the
         reference: for a look at a trained site, not for training it."""
-        phi, alpha, bias, kind, iterations, eps_norm = self._operands(streams.dtype)
+        phi, alpha, bias, kind, iterations, eps_norm = self.operands(streams.dtype)
         raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
         return reference.coefficients(raw, alpha, bias, kind, iterations)
 
@@ -166,9 +166,9 @@ class HyperConnection(KeepsPrecision):
         `boundary` with what the site before hands over; u, H_post and H_res, behind the next state if there is one.
         """
         if branch is None:
-            u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self._operands(streams.dtype))
+            u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self.operands(streams.dtype))
             return self._as_given(u), post, res
-        operands = self._operands(torch.promote_types(streams.dtype, branch.dtype))
+        operands = self.operands(torch.promote_types(streams.dtype, branch.dtype))
         mixed, u, post, res, *_ = self._operators().boundary(
             self._tokens_last(streams), self._branch(branch), h_post, h_res, *operands
         )
@@ -206,7 +206,7 @@ class HyperConnection(KeepsPrecision):
         # A conversion puts a number in place of "auto". A site by itself knows of no other.
         return recompute.Operators(1 if length == "auto" else length, copies=frees_parameters(self))
 
-    def _operands(self, streams: torch.dtype) -> tuple[Any, ...]:
+    def operands(self, streams: torch.dtype) -> tuple[Any, ...]:
         """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype.
 
         Never narrower than fp32: a policy of mixed precision (FSDP) hands over parameters in bf16, and what is made of

@@ -28,7 +28,7 @@ def html(picture: Picture, folded: bool = True) -> str:
     page = _Page()
     body = "".join(page.part(part) for part in picture.parts)
     held = {"facts": list(page.facts), "groups": page.groups, "folded": folded}
-    data = json.dumps(held, ensure_ascii=False).replace("</", "<\\/")  # would end the script
+    data = json.dumps(held, ensure_ascii=False).replace("<", "\\u003c")  # no name ends the script
     title = escape(picture.title)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">

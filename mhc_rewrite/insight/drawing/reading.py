@@ -241,7 +241,7 @@ def _layer_key(layer: Layer) -> Hashable:
         )
         for step in layer.steps if step.kind != "left alone"
     )  # fmt: skip
-    return layer.kind, without_numbers(layer.name), steps
+    return layer.kind, without_numbers(f"{layer.name}."), steps  # a number alone is a name only before a dot
 
 
 def _pattern(run: tuple[Layer, ...], period: int) -> tuple[Layer, ...]:

@@ -177,6 +177,7 @@ def _foot(picture: Picture, where: Page) -> tuple[list[Block], float]:
         marks += [*_moved(draw(), x, y), Label(x + 58, y + 15, text, "small")]
         x += wide
     y += LEGEND + 26
+    legends, marks = Block(tuple(marks)), []
     left = picture.left_alone()
     if left:
         marks.append(Label(MARGIN, y, "Left alone", "part"))
@@ -190,7 +191,7 @@ def _foot(picture: Picture, where: Page) -> tuple[list[Block], float]:
                 role = "small" if text == facts.source_text(step) else "text"
                 marks.append(Label(MARGIN + 150, y, fitted(text, role, room - 150), role))
         y += 24
-    return [Block(tuple(marks))], y + 10
+    return [legends, Block(tuple(marks))], y + 10
 
 
 # -- as SVG ------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ is what is not known at that site and step, or is not finite.
 that goes on, or that was killed.
 
 A run that goes on from a checkpoint writes to the same file. So a sample whose step is not above that of the samples
-before it takes the place of all that are not below it, and an end in the middle is none. Numbers have three digits, the
-loss six: a sample is about 450 bytes a site for four streams.
+before it takes the place of all that are not below it, and an end in the middle is none. Numbers have four digits, the
+loss six: a sample is about 500 bytes a site for four streams.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from mhc_rewrite.errors import RunFileError
 
 FORMAT = 1
 MAPPINGS = ("pre", "post", "res")
-DIGITS, LOSS_DIGITS = 3, 6
+DIGITS, LOSS_DIGITS = 4, 6
 
 # Those of tokens are means over them, or quantiles where the name says so.
 FIGURES = {
@@ -80,8 +80,8 @@ FIGURES = {
     "dominant": "the largest stream's share of the sum of squares after the site: 1/n where all are as large",
     "rank": "effective rank of the streams after the site, the exponential of the entropy of their singular values' "
     "shares: 1 where all are equal, n where they are orthogonal and as large",
-    "state_gradient": "norm of the gradient of the state that the site reads, over all streams; null at a stream's "
-    "entry, where they are one tensor",
+    "state_gradient": "norm of the gradient of the state that the site reads, over all streams and tokens; null "
+    "at a stream's entry, where the streams are one tensor",
     "trunk_gradient": "norm of the sum of that gradient over the streams: the trunk's",
     **{
         f"{parameter}_{mapping}_gradient": f"norm of the gradient of {parameter}, the part that makes H_{mapping}"
@@ -309,7 +309,7 @@ class Writer:
 
     Args:
         file: to be made; with its folder.
-        header: the first line.
+        header: the first line, written when the second one is.
         resume: go on in a file that is there, if it is of the same model with the same sites.
 
     Raises:
@@ -318,14 +318,8 @@ class Writer:
 
     def __init__(self, file: str | os.PathLike[str], header: Header, resume: bool = False) -> None:
         self.file = Path(file)
-        there = self.file.exists() and self.file.stat().st_size > 0
-        if there and not resume:
-            raise RunFileError(
-                f"{self.file} is there already. Take another name, remove it, or go on in it with "
-                "watch(..., resume=True) where this run continues that one."
-            )
-        if there and not read(self.file).header.same_run(header):
-            raise RunFileError(f"{self.file} is of another model, or of other sites: take another name for this run.")
+        there = self._check(self.file, header, resume)
+        self._header: Header | None = None if there else header  # to be written before the first line
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if there:
@@ -333,14 +327,29 @@ class Writer:
             self._open = self.file.open("a", encoding="utf-8")
         except OSError as error:
             raise RunFileError(f"{self.file} can't be written: {error.strerror or error}.") from error
-        if not there:
-            self.write(header.to_dict())
+
+    @staticmethod
+    def _check(file: Path, header: Header, resume: bool) -> bool:
+        """Whether a run is there that this one goes on with."""
+        there = file.exists() and (file.is_dir() or file.stat().st_size > 0)
+        if there and not resume:
+            raise RunFileError(
+                f"{file} is there already. Take another name, remove it, or go on in it with "
+                "watch(..., resume=True) where this run continues that one."
+            )
+        if there and not read(file).header.same_run(header):
+            raise RunFileError(f"{file} is of another model, or of other sites: take another name for this run.")
+        return there
 
     def write(self, line: dict[str, Any]) -> None:
+        if self._header is not None:
+            header, self._header = self._header, None
+            self.write(header.to_dict())
         self._open.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         self._open.flush()
 
     def close(self, end: str) -> None:
+        """Says how the run ended."""
         if not self._open.closed:
             self.write({"end": end})
             self._open.close()

@@ -137,6 +137,7 @@
       event.preventDefault();
       stops[here + (event.key === "ArrowDown" ? 1 : -1)]?.focus();
     } else if (event.key === "Enter" && event.target.closest?.(".card.many .row")) {
+      event.preventDefault(); // or the head, which has the focus then, were pressed too
       const card = event.target.closest(".card.many");
       toggle(card, !card.classList.contains("open"));
       $(".head", card).focus();

@@ -71,7 +71,7 @@ def lose(values: dict[int, float | None]) -> report_runs.Change:
 
 
 def no_gradient(sample: dict[str, Any], k: int, of: int) -> None:
-    sample["dead"]["res"] = [0, 1] if k >= LATE else []
+    sample["dead"]["res"] = [2, 3] if k >= LATE else []
 
 
 def steep(sample: dict[str, Any], k: int, of: int) -> None:
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[report_runs.Change, str]] = {
     "still, dead": (stay("post", LATE, dead=True), "H_post of layers 3 and 4 has not moved since step 240: its "
                     "gradient is below 1e-08."),
     "still, a single site": (stay("res", LATE, (5,)), "H_res of `model.layers.2.mhc_1` has not moved since step 240."),
-    "dead, and moves": (no_gradient, "H_res of layer 0 has had no gradient above 1e-08 since step 240."),
+    "dead, and moves": (no_gradient, "H_res of layer 1 has had no gradient above 1e-08 since step 240."),
     "gain forward": (gain("forward"), "The composite gain passes 10 at step 340, forward, in 1 % of the tokens; at the "
                      "end it is 60."),
     "gain backward": (gain("backward"), "The composite gain passes 10 at step 340, backward, in 1 % of the tokens; at "
@@ -132,6 +132,7 @@ NOT_YET: dict[str, report_runs.Change] = {
     "a loss that was not told at first": lose({0: None, 1: None}),
     "not known": put("second_singular", None),
     "noise in the loss": lose({40: 2.7}),
+    "equal streams are not mixed": stay("res", 0, (0,), dead=True),
 }
 
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mhc_rewrite.insight.report.reading import Array, Shown
-from mhc_rewrite.insight.watching.format import MAPPINGS
+from mhc_rewrite.insight.watching.format import DIGITS, MAPPINGS
 from mhc_rewrite.printing import fold, plural
 
 GAIN = 10.0  # of the product of H_res over depth
 SUM_ERROR = 0.1  # of a row or column of H_res
 AVERAGED = 0.05  # second singular value of H_res below which one site leaves nothing of what tells streams apart
-STILL = 0.002  # a change of an entry; files have three digits
 PART = 0.25  # of a run, that something has to last to be said
 FEWEST = 5  # samples, below which nothing is said of movement
 EQUAL = 1e-3  # rms of the streams' differences from their mean, over the mean's
@@ -225,13 +224,19 @@ def _still(run: Shown, mapping: str) -> dict[int, int]:
         if len(values) < len(there):
             continue
         stack = np.stack(values)
-        change = np.abs(stack - stack[-1]).reshape(len(stack), -1).max(axis=1)
-        # nan, where a mean was not finite, is a change.
-        moved = np.flatnonzero(~(change <= STILL * max(1.0, float(np.abs(stack[-1]).max()))))
+        # Beyond rounding: by more than one in the last digit. nan, where a mean was not finite, is a change.
+        same = np.abs(stack - stack[-1]) <= 1.01 * _last_digit(stack[-1])
+        moved = np.flatnonzero(~same.reshape(len(stack), -1).all(axis=1))
         since = int(moved[-1]) + 1 if len(moved) else 0
         if _lasts(np.array(run.moments), since):
             found[site] = since
     return found
+
+
+def _last_digit(values: Array) -> Array:
+    """One in the last digit that a file has of these."""
+    size = np.maximum(np.abs(values), 1e-6)
+    return 10.0 ** (np.floor(np.log10(size)) + 1 - DIGITS)
 
 
 def _lasting(dead: Array) -> dict[int, int]:

@@ -29,7 +29,7 @@ from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 from mhc_rewrite.sites.state import plain
-from mhc_rewrite.torch_private import scripted_calls_take
+from mhc_rewrite.torch_private import scripted_calls_take, shards_take
 
 _ROLE = "_mhc_role"
 # Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for
@@ -57,6 +57,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
     made: Any = None
     meet_dynamo()
     scripted_calls_take(plain)  # code between the layers may be TorchScript's
+    shards_take(plain)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +122,13 @@ def _tell_transformers(kinds: Iterable[type]) -> None:
 def role_of(module: nn.Module) -> Role | None:
     """A converted module's role."""
     return module.__dict__.get(_ROLE)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module had before the conversion, as a function of the module."""
+    kind: Any = type(module)
+    original: Callable[..., Any] = getattr(kind, "_mhc_base", kind).forward
+    return original
 
 
 def lost(model: nn.Module) -> list[str]:

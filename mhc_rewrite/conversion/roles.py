@@ -34,6 +34,7 @@ from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.sites import recompute, streams
+from mhc_rewrite.sites import state as states
 from mhc_rewrite.sites.state import KINDS, StreamState, is_state, plain, state, streams_of
 from mhc_rewrite.torch_private import (
     MadeWhileTracing,
@@ -468,7 +469,11 @@ def meet_dynamo() -> None:
     """Tells Dynamo of states and captures. At the first conversion: it takes more than a second to import."""
     for kind in KINDS.values():
         never_an_input_of_graphs(kind)
-    CarrierRole.capture_and_add = outside_graphs(CarrierRole.capture_and_add)  # type: ignore[method-assign]
+    CarrierRole.capture_and_add = outside_graphs(  # type: ignore[method-assign]
+        CarrierRole.capture_and_add,
+        "a converted module sees this kind of call for the first time; call the model so once without torch.compile",
+    )
+    states.in_eager = outside_graphs(states.in_eager, "streams come from a function of autograd that ran outside")
 
 
 def _made(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -19,6 +20,8 @@ from mhc_rewrite.cli.main import app
 from mhc_rewrite.errors import DrawingError
 from mhc_rewrite.insight.drawing import Drawing, draw
 from mhc_rewrite.insight.drawing.data import Figures
+from mhc_rewrite.insight.drawing.layout import columns
+from mhc_rewrite.insight.drawing.marks import Box, Dot
 from mhc_rewrite.insight.drawing.svg import sheet
 from mhc_rewrite.plans import Rejection, SourceLine
 from pictured import MODELS, boxes, deep_plan, drawing_of, example, overlapping, seen
@@ -38,6 +41,37 @@ def test_no_text_overlaps_another_or_leaves_the_page(drawing: Drawing) -> None:
         assert overlapping(drawn) == []
         out = [text for left, top, right, bottom, text in boxes(drawn) if left < 0 or right > drawn.width + 1]
         assert out == [] and all(0 <= box[1] and box[3] <= drawn.height for box in boxes(drawn))
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 16])
+@pytest.mark.parametrize(("head", "label", "block"), [(0, 0, 0), (0, 0, 500), (0, 300, 90), (900, 40, 200)])
+def test_columns_have_room_for_all_that_stands_in_them(n: int, head: float, label: float, block: float) -> None:
+    (part,) = draw(deep_plan(2, n)).picture.parts
+    made = columns(part, [head], [label], [block])
+    assert made.before.left == 0 and made.after.left == pytest.approx(made.before.width)
+    assert made.width == pytest.approx(made.before.width + made.after.width) and made.width >= head
+    for panel, streams in ((made.before, 1), (made.after, n)):
+        lanes = panel.lanes(streams)
+        assert lanes[0] >= 10 and all(b - a >= 8 for a, b in itertools.pairwise(lanes))
+        assert panel.block - lanes[-1] >= 40 and panel.end + 10 <= panel.width
+        assert lanes[-1] + 18 + label <= panel.width
+        assert min(block, 200) <= panel.end - panel.block <= 240
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 16])
+def test_blocks_stand_in_their_cards_beside_the_lanes(n: int) -> None:
+    marks = [mark for block in sheet(draw(deep_plan(3, n)).picture).blocks for mark in block.placed()]
+    (card,) = (mark for mark in marks if isinstance(mark, Box) and mark.role == "card")
+    blocks = [mark for mark in marks if isinstance(mark, Box) and mark.role == "block"]
+    lanes = {round(mark.x, 1) for mark in marks if isinstance(mark, Dot) and mark.role.startswith("dot ")}
+    assert len(blocks) == 4
+    for block in blocks:
+        assert card.x < block.x and block.x + block.width + 10 < card.x + card.width
+        assert card.y < block.y and block.y + block.height < card.y + card.height
+        assert not [x for x in lanes if block.x - 20 < x < block.x + block.width]
+    before, after = sorted({(block.x, block.width) for block in blocks})
+    assert before[0] + before[1] < min(x for x in lanes if x > before[0])
+    assert {block.y for block in blocks} == {block.y for block in blocks if block.x == after[0]}  # in one row
 
 
 @pytest.mark.parametrize(("layers", "n"), [(4, 1), (48, 4), (200, 16), (1000, 4)])

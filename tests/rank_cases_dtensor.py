@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 import handmade
 from handmade import found as in_all_ways
-from handmade import spellings
 from handmade.common import Kind
 from mhc_rewrite import HyperConnection, MHCConfig, mhcify
 from mhc_rewrite.distributed import SiteParallel
@@ -88,10 +87,7 @@ def sites_on_dtensors() -> None:
 
 # -- what stands between sites -----------------------------------------------------------------------------------------
 
-BETWEEN = (
-    "post-norm without layers.0.mhc_1", "DeepNorm", "hidden states", "ConvNeXt", "windows, channels first",
-    "two streams in turn", "written over",
-)  # fmt: skip
+BETWEEN = ("post-norm without layers.0.mhc_1", "hidden states", "windows, channels first", "two streams in turn")
 
 
 def of_kind(kind: Kind, placement: Placement | None, **options: Any) -> dict[str, Tensor]:
@@ -109,7 +105,7 @@ def of_kind(kind: Kind, placement: Placement | None, **options: Any) -> dict[str
 
 def kinds_on_dtensors() -> None:
     """Operations on the trunk, sites without parameters, images, readers: as in one process."""
-    found = {kind.name: kind for kind in (*handmade.KINDS, *spellings.KINDS, *in_all_ways.KINDS)}
+    found = {kind.name: kind for kind in (*handmade.KINDS, *in_all_ways.KINDS)}
     with sdpa_kernel(SDPBackend.MATH):  # torch knows no rule for the gradient of others on DTensors of a CPU
         for name in BETWEEN:
             agree(of_kind(found[name], Shard(0)), of_kind(found[name], None), 1e-9)

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
+    loss_parallel,
     parallelize_module,
 )
 from torch.utils.checkpoint import checkpoint
@@ -242,6 +243,21 @@ def counts() -> None:
         assert optimizers_sum_shares() or found.pop("all_reduce") == 3 * 2 * LAYERS
         assert found == collectives(alone)
         assert sorted(collectives(alone).values()) == [18, 19]
+
+
+def loss_in_parts() -> None:
+    """Of logits that are spread by the vocabulary; gradients summed once, before anybody reads them."""
+    want = run(converted())
+    head = ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
+    model = parallelize_module(converted(), mesh(), {**sequence_parallel(True), "": SiteParallel(), "head": head})
+    with loss_parallel():
+        value = loss(model)
+        value.backward()
+    torch.testing.assert_close(whole(value), want[0], rtol=1e-5, atol=0)
+    for p in model.parameters():
+        p.grad = p.grad.redistribute(placements=p.placements)
+    agree(gradients(model), want[1], CLOSE)
+    check_sites(model)
 
 
 def tensor_parallel_alone() -> None:

@@ -15,6 +15,7 @@ CASES = {
     "sites": [
         "counts",
         "tensor_parallel_alone",
+        "loss_in_parts",
         "wrong_gradients_are_found",
         "wrong_use_is_refused",
         "sites_keep_their_ways",

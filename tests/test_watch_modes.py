@@ -60,6 +60,7 @@ def test_accumulated_steps_show_the_first_batch_and_all_gradients() -> None:
     with watch(other, tokens=1000) as seen:
         for part in (first, second):
             loss_of(other(part.clone().requires_grad_())).backward()
+            assert len(other.layers[0].mhc_0._forward_hooks) == 1
         seen.step(1.0)
     line: Any = seen.line
     assert line["maps"] == expected["maps"] and line["composite"] == expected["composite"]
@@ -197,7 +198,7 @@ def test_compiled_code_is_paused_in_sampled_steps() -> None:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    ranks.run("watch_cases", "ddp", "ddp_in_a_checkpoint", "fsdp", folder=tmp_path)
+    ranks.run("watch_cases", "ddp", "ddp_in_a_checkpoint", "fsdp", "files", folder=tmp_path)
 
 
 def small_bert() -> nn.Module:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from mhc_rewrite.cli import live
-from mhc_rewrite.cli.errors import CommandError, UsageError
 from mhc_rewrite.errors import RunFileError
+from mhc_rewrite.insight.report.writing import write_report
 from mhc_rewrite.insight.watching.format import Scan
-from mhc_rewrite.printing import plural
-
-if TYPE_CHECKING:
-    from mhc_rewrite.insight.report.reading import Shown
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.jsonl", help="What mhc_rewrite.watch wrote.", show_default=False)]
 Page = Annotated[Path, typer.Option("-o", "--out", dir_okay=False, help="The page: one file, without network.")]
@@ -42,24 +38,13 @@ def register(
     """Adds the commands to an app. `show` prints; what is done within `working` fails with one message."""
 
     @app.command("report")
-    def write_report(
+    def print_report(
         run: RunFile, out: Page = Path("report.html"), compare: Other = None, figures: Figures = None
     ) -> None:
         """Write a page about a watched run: what stands out in words, curves, and all matrices over its steps."""
-        with working(f"Reading {run}") as tell:
-            report = _report()
-            first = report.reading.shown(run)
-            second = None if compare is None else report.reading.shown(compare)
-            names = _names(run, compare)
-            tell("drawing")
-            _written(out, report.page.page(first, second, names))
-            pictures = [] if figures is None else _pictures(report, figures, first, second, names)
-        said = report.findings.findings(first)
-        if second is not None:
-            said = [*report.findings.differences(first, second, names), *said]
-        lines = [Text(("! " if one.bad else "  ") + one.text.replace("`", "")) for one in said]
-        files = [str(out)] + ([f"{plural(len(pictures), 'picture')} in {figures}"] if pictures else [])
-        show(Group(*lines, Text(), *(Text(f"written: {file}", style="dim") for file in files)))
+        with working(f"Reading {run}"):
+            written = write_report(run, out, compare=compare, figures=figures)
+        show(Text(str(written)))
 
     @app.command("watch")
     def watch_run(run: RunFile, once: Once = False) -> None:
@@ -71,45 +56,3 @@ def register(
         except RunFileError:
             with working(f"Reading {run}"):
                 raise
-
-
-def _report() -> Any:
-    """The package of reports, which needs what `mhc-rewrite[look]` installs."""
-    try:
-        import mhc_rewrite.insight.report.figures
-        import mhc_rewrite.insight.report.findings
-        import mhc_rewrite.insight.report.page
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mhc_rewrite"):
-            raise
-        raise CommandError(f'report needs {error.name}. Install it with: pip install "mhc-rewrite[look]"') from error
-    return mhc_rewrite.insight.report
-
-
-def _names(run: Path, other: Path | None) -> tuple[str, str]:
-    """By which runs are called: the files' names, with their folders where those are alike."""
-    if other is None or run.name != other.name:
-        return run.name, other.name if other else ""
-    mine, others = run.resolve(), other.resolve()
-    if mine == others:
-        raise UsageError(f"--compare {other}: that is the same file.")
-    while mine.parent.name == others.parent.name:
-        mine, others = mine.parent, others.parent
-    return f"{mine.parent.name}/{run.name}", f"{others.parent.name}/{other.name}"
-
-
-def _written(file: Path, text: str) -> None:
-    if not file.resolve().parent.is_dir():
-        raise UsageError(f"{file}: there is no folder {file.parent}.")
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{file} can't be written: {error.strerror or error}.") from error
-
-
-def _pictures(report: Any, folder: Path, run: Shown, other: Shown | None, names: tuple[str, str]) -> list[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return list(report.figures.write(folder, run, other, names))
-    except OSError as error:
-        raise UsageError(f"{folder} can't be written: {error.strerror or error}.") from error

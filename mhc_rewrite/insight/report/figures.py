@@ -37,7 +37,7 @@ def write(folder: Path, run: Shown, other: Shown | None = None, names: tuple[str
     with matplotlib.rc_context(_LOOK):
         for name, figure in (*_curves(runs, names), *_matrices(runs, names)):
             FigureCanvasAgg(figure)
-            figure.canvas.draw()
+            figure.draw_without_rendering()
             figure.set_layout_engine("none")  # it is laid out, and need not be for each file
             for kind in KINDS:
                 file = folder / f"{name}.{kind}"

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from mhc_rewrite.insight.report.reading import Array, Shown
-from mhc_rewrite.insight.watching.format import MAPPINGS
-from mhc_rewrite.printing import fold
+from mhc_rewrite.insight.watching.format import DIGITS, MAPPINGS
+from mhc_rewrite.printing import fold, plural
 
 GAIN = 10.0  # of the product of H_res over depth
 SUM_ERROR = 0.1  # of a row or column of H_res
 AVERAGED = 0.05  # second singular value of H_res below which one site leaves nothing of what tells streams apart
-STILL = 0.002  # a change of an entry; files have three digits
 PART = 0.25  # of a run, that something has to last to be said
 FEWEST = 5  # samples, below which nothing is said of movement
 EQUAL = 1e-3  # rms of the streams' differences from their mean, over the mean's
 DOMINANT = 0.9  # share of one stream
 ONE_READ = 0.1  # entropy of H_pre, over log n
 GRADIENTS = 100.0  # between the ends of a stream
-LONGEST = 90  # characters of names in a sentence
+LONGEST = 70  # characters of names in a sentence
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,9 @@ def _loss(run: Shown) -> Iterator[Finding]:
     yield Finding(f"{text}{run.steps[there[-1]]:,}.", "loss", bad=bool(last > first))
     gaps = np.flatnonzero(~np.isfinite(run.loss))
     if len(gaps := gaps[gaps > there[0]]):
-        when = f"at step {run.steps[gaps[0]]:,}" + (f" and in {len(gaps) - 1} later samples" if len(gaps) > 1 else "")
+        when = f"at step {run.steps[gaps[0]]:,}" + (
+            f" and in {plural(len(gaps) - 1, 'later sample')}" if len(gaps) > 1 else ""
+        )
         if there[-1] < gaps[0]:
             when = f"from step {run.steps[gaps[0]]:,} to the end"
         yield Finding(f"The loss is no finite number {when}.", "loss")
@@ -167,9 +168,12 @@ def _unmoved(run: Shown) -> Iterator[Finding]:
         learned = mapping in run.header.config.get("learn", MAPPINGS)
         if not learned or (mapping == "res" and run.header.config.get("connection") == "identity"):
             continue
-        dead = _lasting(run.dead[mapping], len(run.spans))
+        # H_res of a stream's first site mixes streams that are equal: it never has a gradient, and need not move.
+        begin = {stream[0] for stream in run.header.streams} if mapping == "res" else set()
+        dead = {site: since for site, since in _lasting(run.dead[mapping]).items() if site not in begin}
+        still = {site: since for site, since in _still(run, mapping).items() if site not in begin}
         told: set[int] = set()
-        for since, sites in _grouped(_still(run, mapping)):
+        for since, sites in _grouped(still):
             without = all(site in dead for site in sites)
             why = f": its gradient is below {run.header.settings.get('epsilon', 0):g}" if without else ""
             when = "at all" if since == 0 else f"since step {run.moments[since]:,}"
@@ -220,18 +224,24 @@ def _still(run: Shown, mapping: str) -> dict[int, int]:
         if len(values) < len(there):
             continue
         stack = np.stack(values)
-        change = np.abs(stack - stack[-1]).reshape(len(stack), -1).max(axis=1)
-        # nan, where a mean was not finite, is a change.
-        moved = np.flatnonzero(~(change <= STILL * max(1.0, float(np.abs(stack[-1]).max()))))
+        # Beyond rounding: by more than one in the last digit. nan, where a mean was not finite, is a change.
+        same = np.abs(stack - stack[-1]) <= 1.01 * _last_digit(stack[-1])
+        moved = np.flatnonzero(~same.reshape(len(stack), -1).all(axis=1))
         since = int(moved[-1]) + 1 if len(moved) else 0
         if _lasts(np.array(run.moments), since):
             found[site] = since
     return found
 
 
-def _lasting(dead: Array, spans: int) -> dict[int, int]:
+def _last_digit(values: Array) -> Array:
+    """One in the last digit that a file has of these."""
+    size = np.maximum(np.abs(values), 1e-6)
+    return 10.0 ** (np.floor(np.log10(size)) + 1 - DIGITS)
+
+
+def _lasting(dead: Array) -> dict[int, int]:
     """site -> the span since which it has been dead, of those that are for a good part of the run."""
-    found = {}
+    found, spans = {}, len(dead)
     for site in range(dead.shape[1]):
         alive = np.flatnonzero(~dead[:, site])
         since = int(alive[-1]) + 1 if len(alive) else 0

@@ -94,8 +94,9 @@ function lines(place) {
   if (two) keys.push(...runs.map((run, number) => [shown["run" + number], "", run.name]));
   legend(place, keys);
   const values = traces.flatMap(trace => trace.y), positive = values.filter(value => value > 0);
-  const log = card && card.log && positive.length > 0 && !values.some(value => value < 0);
   const ratio = positive.reduce((a, b) => Math.max(a, b), 0) / positive.reduce((a, b) => Math.min(a, b), Infinity);
+  const log = card && card.log && positive.length > 0 && ratio > 3;
+  if (log) for (const trace of traces) trace.y = trace.y.map(value => value > 0 ? value : null);
   return [traces, layout({
     ...(card ? {margin: {...aligned(place), t: 6, b: 8}} : {}), hovermode: "x unified", showlegend: false,
     xaxis: {title: {text: "step", standoff: 4, font: {color: shown.soft, size: 11}}, hoverformat: ",d", range: STEPS},
@@ -145,7 +146,8 @@ function grid(place) {
   // Two runs have the same colours for the same numbers.
   const all = runs.map(one => one.grids[card.grid]).filter(Boolean);
   const lowest = Math.min(...all.map(one => one.low)), highest = Math.max(...all.map(one => one.high));
-  const [low, high] = packed.log ? [lowest, highest] : range(lowest, highest);
+  // What is less than the largest by more than five digits is next to nothing.
+  const [low, high] = packed.log ? [Math.max(lowest, highest - 5), highest] : range(lowest, highest);
   const z = sites.map((_, site) => rows.map(row => row[site]));
   const value = packed.log ? z.map(row => row.map(number => number === null ? null : 10 ** number)) : z;
   const trace = {type: "heatmap", x: run.spans, y: sites.map((_, k) => k), z, customdata: value, zmin: low,

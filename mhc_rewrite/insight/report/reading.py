@@ -173,7 +173,7 @@ def _matrix(found: dict[str, Any] | None) -> Array | None:
 
 
 def thin(steps: Array, values: Array, spans: int = 400) -> tuple[Array, Array]:
-    """No more than twice as many points as spans, the smallest and the largest of each span among them."""
+    """Both ends, and no more than twice as many points as spans: the smallest and the largest of each."""
     if len(steps) <= 2 * spans:
         return steps, values
     chosen: set[int] = {0, len(steps) - 1}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhc_rewrite.conversion.converted import find_converted, site_at
-from mhc_rewrite.errors import ConfigError, DrawingError
+from mhc_rewrite.errors import ConfigError, DrawingError, RunFileError
 from mhc_rewrite.insight.ablation import eager
 from mhc_rewrite.insight.drawing import draw
 from mhc_rewrite.insight.watching.figures import OfParameters, Part, in_a_few_words, joined, part, sample, to_cpu
@@ -37,6 +37,7 @@ def watch(
     tokens: int = 128,
     optimizer: torch.optim.Optimizer | None = None,
     resume: bool = False,
+    group: Any = None,
 ) -> Watch:
     """Watches the sites of a model in training.
 
@@ -53,8 +54,8 @@ def watch(
             trainer.train()
 
     In steps that are not sampled the model has no hooks, and in none of them is anything computed otherwise. Compiled
-    code is paused in steps that are sampled, which run eagerly. On several processes all of them have to watch; the
-    first one writes what all saw.
+    code is paused in steps that are sampled, which run eagerly. On several processes all of them have to watch, since
+    each waits for the others; the first one writes what all saw.
 
     Args:
         model: converted; the outermost module that training calls, in whatever wraps it.
@@ -63,13 +64,15 @@ def watch(
         tokens: how many tokens figures are taken from, at most, of each process.
         optimizer: whose epsilon says which gradients are dead; that of `attach` is found, else it is 1e-8.
         resume: go on in a file that is there.
+        group: the process group of those that train on different parts of a batch: all by default. Where others share
+            a part, as in tensor parallelism, a mesh has it: `mesh["dp"].get_group()`.
 
     Raises:
         MHCError: the model is not converted.
         ConfigError: `every` or `tokens` is no number of at least 1.
         RunFileError: the file is there already, is another run's, or can't be written.
     """
-    return Watch(model, every, to, tokens, optimizer, resume)
+    return Watch(model, every, to, tokens, optimizer, resume, group)
 
 
 class Watch:
@@ -82,7 +85,7 @@ class Watch:
 
     def __init__(
         self, model: nn.Module, every: int, to: str | os.PathLike[str] | None, tokens: int,
-        optimizer: torch.optim.Optimizer | None, resume: bool,
+        optimizer: torch.optim.Optimizer | None, resume: bool, group: Any,
     ) -> None:  # fmt: skip
         for name, value in (("every", every), ("tokens", tokens)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -93,20 +96,18 @@ class Watch:
         self.next_step = 0
         self._roots = [model] if model is converted else [model, converted]
         calls, self._sites = _calls(converted, conversion.plan)
-        writes = to is not None and self._is_first()
+        self._group = group
         self._settings: dict[str, Any] = {"every": every, "tokens": tokens, "epsilon": _epsilon(optimizer)}
         self.header = Header(
             type(converted).__name__, conversion.plan.config.to_dict(), self._settings, tuple(calls), VERSION,
-            _drawing(converted) if writes else "",
+            "" if to is None else _drawing(converted),
         )  # fmt: skip
         self._writer: Writer | None = None
         self._sampling: Sampling | None = None
         self._paused = contextlib.ExitStack()
         self._said: set[str] = set()
-        if to is not None and writes:
-            self._writer = Writer(to, self.header, resume)
-            if resume and Path(to).stat().st_size and (done := read(to).steps):
-                self.next_step = done[-1] + 1
+        if to is not None:
+            self._open(Path(to), resume)
         self.begin(self.next_step)
 
     def __enter__(self) -> Watch:
@@ -194,6 +195,23 @@ class Watch:
         if optimizer is not None:
             self._settings["epsilon"] = _epsilon(optimizer)
 
+    def _open(self, file: Path, resume: bool) -> None:
+        """In the first process; all learn of it, as all have to sample the same steps."""
+        error = ""
+        if not _distributed() or dist.get_rank() == 0:
+            try:
+                self._writer = Writer(file, self.header, resume)
+                if file.stat().st_size and (done := read(file).steps):
+                    self.next_step = done[-1] + 1
+            except RunFileError as found:
+                error = str(found)
+        if _distributed():
+            agreed: list[Any] = [error, self.next_step]
+            dist.broadcast_object_list(agreed)
+            error, self.next_step = agreed
+        if error:
+            raise RunFileError(error)
+
     # -- one sample ----------------------------------------------------------------------------------------------------
 
     def _notes(self, sampling: Sampling) -> list[str]:
@@ -221,13 +239,10 @@ class Watch:
         """What all processes saw, in the first one; None in the others."""
         if not _distributed():
             return [mine]
-        found: list[Any] | None = [None] * dist.get_world_size() if self._is_first() else None
-        dist.gather_object(mine, found)
+        first = dist.get_rank(self._group) == 0
+        found: list[Any] | None = [None] * dist.get_world_size(self._group) if first else None
+        dist.gather_object(mine, found, group=self._group, group_dst=0)
         return found
-
-    @staticmethod
-    def _is_first() -> bool:
-        return not _distributed() or dist.get_rank() == 0
 
     def _parameter_gradients(self, notes: list[str]) -> dict[int, OfParameters]:
         gradients = {site: parameter_gradients(site) for site in self._sites}

@@ -89,6 +89,12 @@ ROWS = (
         "loss 1e-5, gradients 1e-4, equal on all ranks", "rank_cases_tensor", "trains", "trains_compiled",
     ),
     row(
+        "stages by `pipeline_stage`, `recompute=3`: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBV, "
+        "DualPipeV",
+        "gradients 1e-5, cut (B, T, n, C), 2.5 evaluations a site and microbatch", "rank_cases_pipeline", "schedules",
+        figure="gradients {gradients:.0e}, cut {sent}, {evaluations:.1f} evaluations",
+    ),
+    row(
         "a Llama on the meta device, sharded, `to_empty`, weights from one rank, `reset_parameters`",
         "equal to a plain start",
         MINE, "llama_from_meta", figure="parameters equal to the bit",

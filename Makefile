@@ -11,7 +11,7 @@ EXTRAS := demo,docs,export,hf,look,peers,test,vision
 # One thread a test process: two processes with two threads each on two cores wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo bench-cpu gpu-check test test-fast test-long test-kernels compatibility lint types format docs docs-serve clean
+.PHONY: help install demo bench-cpu gpu-check test test-fast test-long test-distributed test-kernels compatibility lint types format docs docs-serve clean
 .DEFAULT_GOAL := help
 # A virtual environment that could not be made is no virtual environment the next time either.
 .DELETE_ON_ERROR:
@@ -47,6 +47,10 @@ test-fast: $(STAMP) ## the tests that are not marked slow (about 8 minutes)
 
 test-long: $(STAMP) ## the tests that the others leave out
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long $(PYTEST_ARGS)
+
+# One at a time: each starts processes of its own.
+test-distributed: $(STAMP) ## the tests in several processes, those that `make test` leaves out too
+	$(TEST_ENV) $(BIN)/python -m pytest -n 0 --durations=15 tests/test_distributed*.py $(PYTEST_ARGS)
 
 test-kernels: $(STAMP) ## Triton: every size, dtype and configuration, interpreted and compiled (many hours)
 	$(TEST_ENV) MHC_WHOLE_GRID=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_kernels_interpreted.py tests/test_kernel_compile.py $(PYTEST_ARGS)

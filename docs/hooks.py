@@ -6,6 +6,7 @@ the demos stay runnable files; on the site they are pages too. In the sources al
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-SHOWN = ("LICENSE", "constraints.txt", "demos/*.py")  # as they are, each on a page of its own
+SHOWN = ("LICENSE", "constraints.txt", "demos/*.py", "demos/*.ipynb")  # as they are, each on a page of its own
 # A link's target without its anchor; addresses, anchors of the same page and code are none.
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)[^)#\s]+(?=[)#])")
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
@@ -60,9 +61,18 @@ def shown_at(source: str) -> str:
 
 
 def listing(source: str) -> str:
-    language = "python" if source.endswith(".py") else "text"
     text = (ROOT / source).read_text()
-    return f"---\nsearch:\n  exclude: true\n---\n# {source}\n\n````{language}\n{text}````\n"
+    head = f"---\nsearch:\n  exclude: true\n---\n# {source}\n\n"
+    if source.endswith(".ipynb"):
+        return head + "\n\n".join(map(cell, json.loads(text)["cells"])) + "\n"
+    language = "python" if source.endswith(".py") else "text"
+    return f"{head}````{language}\n{text}````\n"
+
+
+def cell(of_notebook: dict[str, Any]) -> str:
+    text = "".join(of_notebook["source"])
+    # Its headings stand below that of the page.
+    return f"````python\n{text}\n````" if of_notebook["cell_type"] == "code" else re.sub("^#", "##", text, flags=re.M)
 
 
 def site_places() -> dict[Path, str]:

@@ -39,6 +39,7 @@ __all__ = [
     "stream_lens",
     "unmhcify",
     "watch",
+    "write_report",
 ]
 
 # What looks at models is imported when it is first asked for.
@@ -47,6 +48,7 @@ _LATER = {
     "draw": "mhc_rewrite.insight.drawing",
     "stream_lens": "mhc_rewrite.insight.lens",
     "watch": "mhc_rewrite.insight.watching.recording",
+    "write_report": "mhc_rewrite.insight.report.writing",
 }
 
 

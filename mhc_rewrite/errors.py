@@ -58,5 +58,9 @@ class RunFileError(MHCError, ValueError):
     """A file of a watched run can't be read or written, or is another run's."""
 
 
+class ReportError(MHCError, ValueError):
+    """A report can't be written there, or a library is missing that it needs."""
+
+
 class DrawingError(MHCError, ValueError):
     """A picture can't be made of this, or can't be written there."""

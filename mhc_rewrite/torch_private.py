@@ -76,6 +76,34 @@ def _reading(original: Callable[..., Any], read: Callable[[Any], Any]) -> Callab
     return call
 
 
+@functools.cache
+def shards_take(read: Callable[[Any], Any]) -> None:
+    """Makes `DTensor.from_local` take `read(tensor)`: it looks at a tensor's memory alone, as TorchScript does.
+
+    Parallel styles call it on what modules get, so also on the trunk between layers. Dynamo knows the function by its
+    identity and has to have noted it before. Should that go, compiled models with such a module between their layers
+    see streams there: tests/test_distributed_tensor.py.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch._dynamo import trace_rules
+    from torch.distributed.tensor import DTensor
+
+    trace_rules.get_torch_obj_rule_map()
+    original = DTensor.from_local
+
+    @functools.wraps(original)
+    def from_local(
+        local_tensor: Any, device_mesh: Any = None, placements: Any = None, *args: Any, **kwargs: Any
+    ) -> DTensor:
+        value = read(local_tensor)
+        if isinstance(value, DTensor):  # the caller could not see that it is one
+            return value.redistribute(device_mesh, placements)
+        return original(value, device_mesh, placements, *args, **kwargs)
+
+    DTensor.from_local = staticmethod(from_local)  # type: ignore[method-assign]
+
+
 @contextlib.contextmanager
 def without_hooks(*roots: nn.Module) -> Iterator[None]:
     """Inside, the forward hooks of modules and all below them do not run: a capture is no call that a user made.
@@ -145,9 +173,8 @@ def never_an_input_of_graphs(kind: type[Tensor]) -> None:
     config.nontraceable_tensor_subclasses.add(kind)
 
 
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+def outside_graphs(function: Callable[..., Any], why: str) -> Callable[..., Any]:
     """`function`, where Dynamo's graph breaks: it is run, and not traced."""
-    why = "a converted module sees this kind of call for the first time; call the model so once without torch.compile"
     return torch.compiler.disable(function, reason=why)
 
 
@@ -313,3 +340,30 @@ def joint_graph_pass(run: Callable[[torch.fx.Graph], None], uuid: str, options: 
             return None if None in known else (*known, uuid)
 
     return JointGraphPass()
+
+
+def asked_for(node: Any) -> tuple[bool | None, ...]:
+    """While `node` runs backward: for each of its inputs, whether its gradient is asked for now; None if it has none.
+
+    Should the call go, all True is right: what is computed once in two runs would be computed in both again.
+    """
+    found: list[bool | None] = []
+    for behind, _ in node.next_functions:
+        try:
+            found.append(None if behind is None else torch._C._will_engine_execute_node(behind))
+        except RuntimeError:  # a leaf whose gradient is what is asked for
+            found.append(True)
+    return tuple(found)
+
+
+def runs_again() -> Any:
+    """The node that runs backward now, if the graph is kept and a gradient is left for another run; None otherwise.
+
+    Schedules of pipelines run backward twice, for the gradients of what came in and for those of parameters. Should the
+    calls go, None is right.
+    """
+    node = torch._C._current_autograd_node()
+    if node is None or torch._C._current_graph_task_id() == -1:
+        return None
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return node if kept and False in asked_for(node) else None

@@ -81,7 +81,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p.grad).detach() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: whole(p.grad).detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def in_one(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

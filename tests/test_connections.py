@@ -164,7 +164,7 @@ def test_operators_are_what_torch_expects(kind: str) -> None:
     X = torch.randn(2, 4, n, C, requires_grad=True)
     operands = X, phi, torch.rand(3, requires_grad=True), torch.randn(columns, requires_grad=True)
     torch.library.opcheck(
-        ops.pre_operator, (*operands, kind, 20, 1e-6, ""), test_utils=("test_schema", "test_faketensor")
+        ops.pre_operator, (*operands, 20, kind, 1e-6, ""), test_utils=("test_schema", "test_faketensor")
     )
 
 

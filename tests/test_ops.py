@@ -20,6 +20,7 @@ from mhc_rewrite.kernels.kinds import KINDS
 
 WIDTH = 6
 OPTIONS = ("mhc", 20, 1e-6)
+IN_OPERATORS = (20, "mhc")
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
@@ -215,7 +216,7 @@ def test_a_site_is_finite_whatever_its_logits(name: str) -> None:
 def test_opcheck(name: str, dtype: torch.dtype, given: int) -> None:
     operator, wanted = getattr(ops, f"{name}_operator"), OPERATORS[name][2]
     leaves = operands(given=given, dtype=dtype, wide=F64 if dtype == F64 else F32)
-    options = (*OPTIONS, "") if "phi" in wanted else ("",)
+    options = (*IN_OPERATORS, 1e-6, "") if "phi" in wanted else ("",)
     # In bf16 a compiled graph and the eager kernel round differently at the last place.
     close = {"rtol": 0.05, "atol": 0.05} if dtype == BF16 else {}
     torch.library.opcheck(operator, (*(leaves[leaf] for leaf in wanted), *options), **close)
@@ -233,7 +234,7 @@ def test_opcheck_of_gradients(name: str) -> None:
     else:
         out = operator(*given, *OPTIONS)
         gradients = [torch.ones_like(o) for o in out[:outputs]]
-        torch.library.opcheck(getattr(ops, name), (*gradients, *given, *out[outputs:], *OPTIONS[:2]))
+        torch.library.opcheck(getattr(ops, name), (*gradients, *given, *out[outputs:], *IN_OPERATORS))
 
 
 def test_opcheck_of_sinkhorn() -> None:

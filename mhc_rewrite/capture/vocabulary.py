@@ -88,6 +88,12 @@ EXITS = {
     "register_post_accumulate_grad_hook": "a hook of autograd",
 }
 
+# Functions that draw random numbers, beside those whose names begin with "rand".
+RANDOM = DROPOUT | frozenset(
+    "alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d bernoulli bernoulli_ normal "
+    "normal_ uniform_ exponential_ geometric_ cauchy_ log_normal_ random_ multinomial poisson rrelu".split()
+)
+
 # What averages or measures along an axis.
 REDUCTIONS = frozenset({"mean", "var", "std", "norm", "vector_norm", "var_mean", "std_mean"})
 
@@ -107,6 +113,12 @@ def name_of(target: Any) -> str:
 def is_feature(dtype: torch.dtype) -> bool:
     """Whether tensors of a dtype can be features."""
     return dtype.is_floating_point or dtype.is_complex
+
+
+def is_random(target: Any) -> bool:
+    """Whether a function draws random numbers."""
+    name = name_of(target)
+    return name in RANDOM or name.startswith("rand")
 
 
 def is_mixing(target: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Optional
 
@@ -16,16 +17,17 @@ from rich.text import Text
 import mhc_rewrite
 from mhc_rewrite import cost as costs
 from mhc_rewrite.cli import spec
+from mhc_rewrite.cli.cost_mesh import mesh_tables
+from mhc_rewrite.cli.cost_tables import estimates, formula_text, numbers_table, prose, section
 from mhc_rewrite.cli.errors import UsageError
 from mhc_rewrite.cli.options import Settings, number_of_streams
 from mhc_rewrite.config import MAX_STREAMS
-from mhc_rewrite.cost import FUSIONS, Cost, Device, L, T, s
+from mhc_rewrite.cost import FUSIONS, Cost, Device, L, Mesh, T, s
 from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.kinds import FUNCTIONS
 from mhc_rewrite.printing import plain_table
 
 PAPER = "paper"
-PROSE_WIDTH = 116
 
 Model = Annotated[
     str,
@@ -41,7 +43,24 @@ Streams = Annotated[
         help=f"Numbers of streams, 1 to {MAX_STREAMS}; or one plan with n by stretches: layers.0-11=4,layers.12-23=2.",
     ),
 ]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, for what grows with them.")]
+Tokens = Annotated[
+    int, typer.Option(min=1, help="Tokens of a step, for what grows with them; with --mesh of a rank's microbatch.")
+]
+Meshes = Annotated[
+    Optional[list[str]],  # noqa: UP045 (read at run time by every supported Typer)
+    typer.Option(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="What the ranks of a mesh send one another, and wait for: dp, fsdp, tp or sp, pp, as in fsdp=8,pp=8. "
+        "Repeatable.",
+    ),
+]
+Microbatches = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        min=1, help="Of a step on a mesh.", show_default="four a stage, one without stages; the paper's batch"
+    ),
+]
 Parameters = Annotated[
     Optional[float],  # noqa: UP045 (read at run time by every supported Typer)
     typer.Option(min=1, help="Parameters that a token uses, where these are not the model's own: of experts, say."),
@@ -56,12 +75,21 @@ def register(
     @app.command("cost")
     def print_cost(
         model: Model, device: DeviceName = "h100", n: Streams = "1,2,4,8", tokens: Tokens = 4096,
-        parameters: Parameters = None, config: Settings = None,
+        mesh: Meshes = None, microbatches: Microbatches = None, parameters: Parameters = None, config: Settings = None,
     ) -> None:  # fmt: skip
-        """Show what mHC costs: formulas, numbers, and an estimate of the step's overhead on a device."""
+        """Show what mHC costs: formulas, numbers, and an estimate of the step's overhead on a device, or on many."""
         with working(f"Reading {model}"):
-            on, stretches = _device(device), number_of_streams(n) if "=" in n else 4
-            if model == PAPER:
+            with _asked():
+                on, meshes = costs.device(device), [Mesh.parse(text) for text in mesh or ()]
+            stretches = number_of_streams(n) if "=" in n else 4
+            if microbatches and (model == PAPER or not meshes):
+                raise UsageError("--microbatches is for a SPEC with --mesh: the paper's follow from its batch.")
+            if model == PAPER and meshes:
+                if parameters:
+                    raise UsageError("--parameters is not for the paper on a mesh, which needs two numbers of them.")
+                with _asked():
+                    shown = _paper_on(meshes, _streams(n), on)
+            elif model == PAPER:
                 size = parameters or costs.PAPER_PARAMETERS
                 shown = _paper({k: costs.paper(k) for k in _streams(n)}, on, size)
             else:
@@ -71,13 +99,21 @@ def register(
                 of: dict[Any, Cost] = {plan.config.streams_as_text(): costs.cost(plan)}
                 if "=" not in n:
                     of = {k: costs.cost(costs.with_streams(plan, k)) for k in _streams(n)}
-                shown = _model(plan.model, of, on, size, tokens)
+                if meshes:
+                    with _asked():
+                        jobs = [(k, costs.job(plan, built, k, size, tokens, microbatches)) for k in meshes]
+                        rows = [(costs.on_mesh(one, k), job) for k, job in jobs for one in of.values()]
+                        shown = mesh_tables(plan.model, rows, on)
+                else:
+                    shown = _model(plan.model, of, on, size, tokens)
         show(shown)
 
 
-def _device(name: str) -> Device:
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """What is refused here is what was asked for."""
     try:
-        return costs.device(name)
+        yield
     except ConfigError as error:
         raise UsageError(str(error)) from error
 
@@ -103,8 +139,8 @@ def _model(name: str, of: Mapping[Any, Cost], on: Device, parameters: float, tok
         Text(f"{name}: {sizes}", style="bold"),
         Text("as SPEC builds it, with all its parameters; --config and --parameters change that", style="dim"),
         *_formulas(first),
-        *_section(f"numbers for {tokens:,} tokens", _numbers(of, tokens)),
-        *_estimates(_overheads(of, on, parameters), costs.assumptions(first, on, parameters)),
+        *section(f"numbers for {tokens:,} tokens", _numbers(of, tokens)),
+        *estimates(_overheads(of, on, parameters), costs.assumptions(first, on, parameters)),
     )
 
 
@@ -121,23 +157,19 @@ def _paper(of: Mapping[int, Cost], on: Device, parameters: float) -> RenderableT
     )
     return Group(
         Text(f"the paper's 27B on {on.title}", style="bold"),
-        *_estimates(table, (*taken, *costs.assumptions(next(iter(of.values())), on, parameters))),
+        *estimates(table, (*taken, *costs.assumptions(next(iter(of.values())), on, parameters))),
     )
 
 
-def _section(title: str, *parts: RenderableType) -> list[RenderableType]:
-    return [Text(), Text(title, style="bold cyan"), *(Padding(part, (0, 0, 0, 2)) for part in parts)]
-
-
-def _formula(expression: sympy.Expr) -> str:
-    return str(expression).replace("**", "^").replace("*", " ")
-
-
-def _numbers_table(*headers: str) -> Table:
-    table = plain_table(*headers)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+def _paper_on(meshes: Sequence[Mesh], streams: Sequence[int], on: Device) -> RenderableType:
+    taken = (
+        "sizes: arXiv:2512.24880, table 5, 27B: 30 layers, C = 2560, bf16; 27.0e9 parameters are gathered and reduced, "
+        "4.14e9 of them computed with; a step of 1280 sequences of 4096 tokens, each a microbatch. The paper names "
+        "neither its devices nor its mesh",
+        "paper: section 4.3, n = 4 only, its own kernels, recomputation and pipeline",
+    )
+    rows = [costs.paper_on(mesh, k) for mesh in meshes for k in streams]
+    return mesh_tables(f"the paper's 27B on {on.title}", rows, on, {"paper": costs.PAPER_OVERHEAD}, taken)
 
 
 def _formulas(of: Cost) -> list[RenderableType]:
@@ -147,8 +179,8 @@ def _formulas(of: Cost) -> list[RenderableType]:
         for fusion in FUSIONS:
             moved = of.traffic[fusion][k]
             row = (moved.read, moved.written, moved.coefficients, moved.again)
-            traffic.add_row(f"{fusion}, {direction}", *map(_formula, row))
-        flops.add_row(direction, *map(_formula, (of.flops[k].projection, of.flops[k].mixes, of.flops[k].sinkhorn)))
+            traffic.add_row(f"{fusion}, {direction}", *map(formula_text, row))
+        flops.add_row(direction, *map(formula_text, (of.flops[k].projection, of.flops[k].mixes, of.flops[k].sinkhorn)))
     memory = plain_table("", "formula")
     for what, formula in (
         ("parameters added", of.parameters),
@@ -162,26 +194,26 @@ def _formulas(of: Cost) -> list[RenderableType]:
         ("  transient elements", of.transient),
         ("bytes at a pipeline cut", of.cut),
     ):
-        memory.add_row(Text(what, no_wrap=True), _formula(formula))
+        memory.add_row(Text(what, no_wrap=True), formula_text(formula))
     resized = any(stream.before > 1 for stream in of.streams)
     if resized:
         for k, direction in enumerate(("forward", "backward")):
             moved = of.resize[k]
             row = (moved.read, moved.written, moved.coefficients, moved.again)
-            traffic.add_row(f"resized between stretches, {direction}", *map(_formula, row))
+            traffic.add_row(f"resized between stretches, {direction}", *map(formula_text, row))
     symbols = {**costs.SYMBOLS, **(costs.RESIZED if resized else {})}
     if of.config.connection in FUNCTIONS:
         symbols.update(costs.COLUMNS)
     names = ", ".join(f"{symbol} = {what}" for symbol, what in symbols.items())
     return [
-        *_section("a token and site, in elements of the streams and in flops", traffic, Text(), flops),
-        *_section("a stream, in elements and fp32 numbers", memory),
-        Padding(_prose(names), (0, 0, 0, 2)),
+        *section("a token and site, in elements of the streams and in flops", traffic, Text(), flops),
+        *section("a stream, in elements and fp32 numbers", memory),
+        Padding(prose(names), (0, 0, 0, 2)),
     ]
 
 
 def _numbers(of: Mapping[Any, Cost], tokens: int) -> Table:
-    table = _numbers_table(
+    table = numbers_table(
         "n", "parameters\nadded", "moved at boundaries\nforward", "\nbackward", "flops\nforward", "\nbackward",
         "kept", "L_r", "kept in\nsegments", "transient", "at a\npipeline cut",
     )  # fmt: skip
@@ -211,26 +243,11 @@ def _overheads(
     """By n; `beside` are columns of other people's figures."""
     ways = [(fusion, recompute) for fusion in FUSIONS for recompute in (False, True)]
     headers = [f"{fusion},\nrecompute" if recompute else fusion for fusion, recompute in ways]
-    table = _numbers_table("n", *headers, *(beside or {}))
+    table = numbers_table("n", *headers, *(beside or {}))
     for n, cost in of.items():
-        estimates = (costs.estimate(cost, on, parameters, *way).overhead for way in ways)
+        shares = (costs.estimate(cost, on, parameters, *way).overhead for way in ways)
         theirs = (figures.get(n) for figures in (beside or {}).values())
         table.add_row(
-            str(n), *(f"{share:.1%}" for share in estimates), *("-" if k is None else f"{k:.1%}" for k in theirs)
+            str(n), *(f"{share:.1%}" for share in shares), *("-" if k is None else f"{k:.1%}" for k in theirs)
         )
-    return table
-
-
-def _estimates(table: Table, assumed: tuple[str, ...]) -> list[RenderableType]:
-    return [
-        *_section("ESTIMATE, not measured: what a training step takes longer", table),
-        *_section("assumed", *(_prose(f"- {text}.") for text in assumed)),
-    ]
-
-
-def _prose(text: str) -> Table:
-    """Wrapped, also where the console has no end."""
-    table = Table.grid()
-    table.add_column(max_width=PROSE_WIDTH)
-    table.add_row(text)
     return table

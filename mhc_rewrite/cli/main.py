@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 import mhc_rewrite
-from mhc_rewrite.cli import bench, cost, experiment, listing, machine, spec
+from mhc_rewrite.cli import bench, cost, experiment, listing, machine, report, spec
 from mhc_rewrite.cli.errors import CommandError
 from mhc_rewrite.cli.options import Connected, Settings, Spec, Static, Streams, number_of_streams
 from mhc_rewrite.errors import ExampleInputsError, MHCError
@@ -138,7 +138,13 @@ def draw_model(
     model: Spec,
     to: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="model.svg, .html, .png or .dot.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="model.svg, .html, .png, .dot; .json for Model Explorer.",
+            show_default=False,
+        ),
     ],
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Draw every layer, also those that are alike.")] = False,
     n: Streams = "4",
@@ -234,6 +240,7 @@ cost.register(app, _show, _working)
 bench.register(app, _show, _working)
 experiment.register(app, _show, _working)
 machine.register(app, _show, _working)
+report.register(app, _show, _working)
 
 if __name__ == "__main__":
     app()

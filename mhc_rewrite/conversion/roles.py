@@ -29,11 +29,13 @@ from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.conversion.naming import CarrierWiring
 from mhc_rewrite.conversion.sharded import gathered
+from mhc_rewrite.conversion.whole import check_whole
 from mhc_rewrite.errors import MHCError, StreamError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
 from mhc_rewrite.passes.fuse_boundaries import fuse_site_calls
 from mhc_rewrite.sites import recompute, streams
+from mhc_rewrite.sites import state as states
 from mhc_rewrite.sites.state import KINDS, StreamState, is_state, plain, state, streams_of
 from mhc_rewrite.torch_private import (
     MadeWhileTracing,
@@ -430,18 +432,22 @@ class Role:
         carrier: rewritten forwards, if its forward holds residual adds.
         reads: whether it gets and gives plain tensors alone: it runs no part of a stream, or it is the whole model.
         settings: attributes of the module before the conversion, where it needs others.
+        parts: of the whole model: the modules whose forwards are rewritten.
     """
 
     name: str
     carrier: CarrierRole | None = None
     reads: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if torch.compiler.is_compiling():
             return self._run(module, original, args, kwargs)
+        if self.parts:
+            check_whole(module, self.parts)
         with under_way() as outermost:
             try:
                 return self._run(module, original, args, kwargs)
@@ -468,7 +474,11 @@ def meet_dynamo() -> None:
     """Tells Dynamo of states and captures. At the first conversion: it takes more than a second to import."""
     for kind in KINDS.values():
         never_an_input_of_graphs(kind)
-    CarrierRole.capture_and_add = outside_graphs(CarrierRole.capture_and_add)  # type: ignore[method-assign]
+    CarrierRole.capture_and_add = outside_graphs(  # type: ignore[method-assign]
+        CarrierRole.capture_and_add,
+        "a converted module sees this kind of call for the first time; call the model so once without torch.compile",
+    )
+    states.in_eager = outside_graphs(states.in_eager, "streams come from a function of autograd that ran outside")
 
 
 def _made(

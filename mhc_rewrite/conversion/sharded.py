@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_rewrite.errors import CaptureError, UnsupportedModelError
+from mhc_rewrite.kernels.sharding import is_dtensor
 from mhc_rewrite.torch_private import frees_parameters
 
 
@@ -38,7 +39,7 @@ def refuse_sharded(model: nn.Module) -> None:
             raise _too_late(f"{named} is sharded by FSDP", "mhcify(model), and fully_shard(...) as before")
         by_hooks = "forward" not in module.__dict__
         for parameter, value in module.named_parameters(recurse=False):
-            if by_hooks and hasattr(value, "full_tensor"):
+            if by_hooks and is_dtensor(value):
                 where = f"{name}.{parameter}".lstrip(".")
                 raise _too_late(
                     f"{where!r} is distributed over several devices (DTensor)",
@@ -113,4 +114,4 @@ class _Gathers(Protocol):
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+    return any(map(is_dtensor, module.parameters()))

@@ -118,7 +118,7 @@ def _coefficients(raw: Tensor, alpha: Tensor, bias: Tensor, kind: str, iteration
     """H_pre, H_post and H_res of every token, each with memory of its own."""
     name, n, tokens = name_of(kind), streams_of(len(bias), kind), len(raw)
     if name in KINDS:
-        made = Coefficients(*torch.ops.mhc_rewrite.pre(*_alone(bias, n), name, iterations, 1.0, "")[:3])
+        made = Coefficients(*torch.ops.mhc_rewrite.pre(*_alone(bias, n), iterations, name, 1.0, "")[:3])
     elif is_static(kind):
         made = Coefficients(*FUNCTIONS[name](bias.new_zeros(1, len(bias)), bias.new_zeros(3), bias, n))
     else:
@@ -139,11 +139,12 @@ def _gradients(
         of_raw, alpha = bias.new_zeros(1, len(bias)), bias.new_zeros(3)
     if name in KINDS:
         site, r = _alone(bias, n), bias.new_ones(1, norms_of(name, n))
-        h_pre = torch.ops.mhc_rewrite.pre(*site, name, iterations, 1.0, "")[0]
-        *_, g_alpha, g_bias = torch.ops.mhc_rewrite.pre_backward(*gradients, *site, of_raw, r, name, iterations)
+        h_pre = torch.ops.mhc_rewrite.pre(*site, iterations, name, 1.0, "")[0]
+        *_, g_alpha, g_bias = torch.ops.mhc_rewrite.pre_backward(*gradients, *site, of_raw, r, iterations, name)
     else:
         graph = gradients_of(FUNCTIONS[name], n, len(bias), bias.dtype, bias.device)
-        h_pre, of_raw, g_alpha, g_bias = graph(*gradients, of_raw, alpha, bias)
+        # As a function: whoever follows the calls of a model's modules (CommDebugMode) would not know this one.
+        h_pre, of_raw, g_alpha, g_bias = graph.forward(*gradients, of_raw, alpha, bias)
     g_raw = torch.zeros_like(raw) if is_static(kind) else of_raw.contiguous()
     return h_pre.expand(tokens, n).contiguous(), g_raw, g_alpha, g_bias
 

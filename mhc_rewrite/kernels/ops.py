@@ -27,6 +27,7 @@ import hashlib
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -35,10 +36,10 @@ import torch
 from torch import Tensor
 
 from mhc_rewrite.errors import KernelError
-from mhc_rewrite.kernels import aten, composed, cpu, gpu, selection
+from mhc_rewrite.kernels import aten, composed, cpu, gpu, selection, sharding
 from mhc_rewrite.kernels.checks import on_one_device
 from mhc_rewrite.kernels.kinds import FUNCTIONS, KINDS, is_static, name_of, norms_of, streams_of
-from mhc_rewrite.torch_private import constant_while_tracing, decompose_in_compiled_graphs
+from mhc_rewrite.torch_private import asked_for, constant_while_tracing, decompose_in_compiled_graphs, runs_again
 
 Outputs = tuple[Tensor, ...]
 
@@ -48,16 +49,22 @@ Outputs = tuple[Tensor, ...]
 
 def pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
     """u, H_post, H_res, raw, r of the site whose state is X."""
-    return pre_operator(X, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind, bias))
+    if sharding.is_dtensor(X):
+        sharding.know_dtensors()
+    return pre_operator(X, phi, alpha, bias, iterations, kind, eps, _code_in_graphs(kind, bias))
 
 
 def post(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """X', in the wider of the dtypes of X and y."""
+    if sharding.is_dtensor(X):
+        sharding.know_dtensors()
     return post_operator(X, y, h_post, h_res, _code_in_graphs())
 
 
 def post_collapse(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """mean_i X'[i], the last site's `post` and the collapse in one."""
+    if sharding.is_dtensor(X):
+        sharding.know_dtensors()
     return post_collapse_operator(X, y, h_post, h_res, _code_in_graphs())
 
 
@@ -66,7 +73,10 @@ def boundary(
     kind: str, iterations: int, eps: float,
 ) -> Outputs:  # fmt: skip
     """X', u', H_post', H_res', raw', r': `post` of one site and `pre` of the next in one."""
-    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, kind, iterations, eps, _code_in_graphs(kind, bias))
+    if sharding.is_dtensor(X):
+        sharding.know_dtensors()
+    code = _code_in_graphs(kind, bias)
+    return boundary_operator(X, y, h_post, h_res, phi, alpha, bias, iterations, kind, eps, code)
 
 
 def _code_in_graphs(kind: str = "", bias: Tensor | None = None) -> str:
@@ -99,7 +109,7 @@ def _kernels(X: Tensor, y: Tensor | None, coefficients: Tensor, kind: str) -> Mo
 # -- bodies: leading axes become T tokens and come back -------------------------------------------------------
 
 
-def _pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
+def _pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int, kind: str, eps: float) -> Outputs:
     _check_state(X, phi, bias, kind)
     parameters = _parameters(X, phi, alpha, bias)
     return _unflat(X.shape[:-2], _kernels(X, None, phi, kind).pre(_flat(X, 2), *parameters, kind, iterations, eps))
@@ -107,7 +117,7 @@ def _pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterati
 
 def _pre_backward(
     g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, phi: Tensor, alpha: Tensor,
-    bias: Tensor, raw: Tensor, r: Tensor, kind: str, iterations: int,
+    bias: Tensor, raw: Tensor, r: Tensor, iterations: int, kind: str,
 ) -> Outputs:  # fmt: skip
     parameters = _parameters(X, phi, alpha, bias)
     gradients = (_flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
@@ -144,7 +154,7 @@ def _post_collapse_backward(g_out: Tensor, X: Tensor, y: Tensor, h_post: Tensor,
 
 def _boundary(
     X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor,
-    bias: Tensor, kind: str, iterations: int, eps: float,
+    bias: Tensor, iterations: int, kind: str, eps: float,
 ) -> Outputs:  # fmt: skip
     _check_branch(X, y, h_post, h_res)
     given = _branch(X, y, h_post, h_res)
@@ -155,7 +165,7 @@ def _boundary(
 def _boundary_backward(
     g_state: Tensor, g_u: Tensor, g_post: Tensor, g_res: Tensor, X: Tensor, y: Tensor,
     h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, raw: Tensor, r: Tensor,
-    kind: str, iterations: int,
+    iterations: int, kind: str,
 ) -> Outputs:  # fmt: skip
     gradients = (_flat(g_state, 2), _flat(g_u, 1), _flat(g_post, 1), _flat(g_res, 2))
     kept = (_flat(raw, 1), _flat(r, 1))
@@ -213,7 +223,7 @@ def _as_given(g_res: Tensor, h_res: Tensor) -> Tensor:
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _fake_pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, kind: str, iterations: int, eps: float) -> Outputs:
+def _fake_pre(X: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int, kind: str, eps: float) -> Outputs:
     n = _check_state(X, phi, bias, kind)
     *leading, _, width = X.shape
     sizes = ((n,), (n, n), (phi.shape[1],), (norms_of(kind, n),))
@@ -233,10 +243,10 @@ def _fake_post_collapse(X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> 
 
 def _fake_boundary(
     X: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
-    kind: str, iterations: int, eps: float,
+    iterations: int, kind: str, eps: float,
 ) -> Outputs:  # fmt: skip
     state = _fake_post(X, y, h_post, h_res)
-    return state, *_fake_pre(state, phi, alpha, bias, kind, iterations, eps)
+    return state, *_fake_pre(state, phi, alpha, bias, iterations, kind, eps)
 
 
 def _fake_like(*places: int) -> Callable[..., Outputs]:
@@ -295,14 +305,17 @@ def _define(
         return fake(*args[:-1] if in_graphs else args)
 
     def whole(*args: Any) -> bool:
+        if sharding.is_dtensor(args[X]):  # asked again of each shard
+            return True
         operands = args[X], None if y is None else args[y], args[coefficients]
         return (selection.kernels_for(*operands) if kind is None else _kernels(*operands, args[kind])) is gpu
 
-    schema = f"({arguments}{', str code' * in_graphs}) -> " + ("Tensor" if results == 1 else _tensors(results))
-    name = f"mhc_rewrite::{body.__name__.removeprefix('_')}"
+    name, all_arguments = body.__name__.removeprefix("_"), arguments + ", str code" * in_graphs
+    sharding.OPERATORS[name] = all_arguments, results
+    schema = f"({all_arguments}) -> " + ("Tensor" if results == 1 else _tensors(results))
     run = on_one_device(arguments, run)
     alone = _detachable(run) if state_first else run
-    operator = torch.library.custom_op(name, alone, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(f"mhc_rewrite::{name}", alone, mutates_args=(), schema=schema)
     operator.register_fake(on_one_device(arguments, shapes))
     decompose_in_compiled_graphs(operator, run, unless=whole)
     return operator
@@ -332,7 +345,9 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 _STATE = "Tensor X, Tensor phi, Tensor alpha, Tensor bias"
 _BRANCH = "Tensor X, Tensor y, Tensor h_post, Tensor h_res"
 _PARAMETERS = "Tensor phi, Tensor alpha, Tensor bias"
-_KIND = "str kind, int iterations"
+# DTensor keeps what it has found for an operator by the arguments from the first integer on: the kind, which decides
+# shapes, stands behind one.
+_KIND = "int iterations, str kind"
 _KEPT = "Tensor raw, Tensor r"
 
 
@@ -340,10 +355,10 @@ def _tensors(count: int) -> str:
     return "(" + ", ".join(["Tensor"] * count) + ")"
 
 
-pre_operator = _define(f"{_STATE}, {_KIND}, float eps", 5, _pre, _fake_pre, 0, None, 1, in_graphs=True, kind=4)
+pre_operator = _define(f"{_STATE}, {_KIND}, float eps", 5, _pre, _fake_pre, 0, None, 1, in_graphs=True, kind=5)
 pre_backward = _define(
     f"Tensor g_u, Tensor g_post, Tensor g_res, {_STATE}, {_KEPT}, {_KIND}", 4,
-    _pre_backward, _fake_like(3, 4, 5, 6), 3, None, 4, kind=9,
+    _pre_backward, _fake_like(3, 4, 5, 6), 3, None, 4, kind=10,
 )  # fmt: skip
 post_operator = _define(_BRANCH, 1, _post, _fake_post, 0, 1, 3, in_graphs=True, state_first=True)
 post_backward = _define(f"Tensor g_out, {_BRANCH}", 4, _post_backward, _fake_like(1, 2, 3, 4), 1, 2, 4)
@@ -353,11 +368,11 @@ post_collapse_backward = _define(
 )
 boundary_operator = _define(
     f"{_BRANCH}, {_PARAMETERS}, {_KIND}, float eps", 6, _boundary, _fake_boundary, 0, 1, 4, in_graphs=True,
-    state_first=True, kind=7,
+    state_first=True, kind=8,
 )  # fmt: skip
 boundary_backward = _define(
     f"Tensor g_state, Tensor g_u, Tensor g_post, Tensor g_res, {_BRANCH}, {_PARAMETERS}, {_KEPT}, {_KIND}", 7,
-    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8, kind=13,
+    _boundary_backward, _fake_like(4, 5, 6, 7, 8, 9, 10), 4, 5, 8, kind=14,
 )  # fmt: skip
 
 
@@ -387,19 +402,50 @@ sinkhorn_backward = _define_whole(f"Tensor g_res, {_LOGITS}", aten.sinkhorn_back
 
 
 def _keep_pre(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    *tensors, kind, iterations, _, _ = inputs
+    *tensors, iterations, kind, _, _ = inputs
     raw, r = output[-2:]
     ctx.save_for_backward(*tensors, raw, r)
     ctx.mark_non_differentiable(raw, r)
-    ctx.options = kind, iterations
+    ctx.options = iterations, kind
+    ctx.distributed = sharding.is_dtensor(tensors[0])
 
 
 def _pre_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *pre_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_in_two_runs(ctx, pre_backward, gradients[:-2]), None, None, None, None
 
 
 def _boundary_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *boundary_backward(*gradients[:-2], *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_in_two_runs(ctx, boundary_backward, gradients[:-2]), None, None, None, None
+
+
+_PARAMETERS_LAST = 3  # phi, alpha, bias
+
+
+def _in_two_runs(ctx: Any, backward: Any, gradients: Outputs) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator. Where a schedule of a pipeline asks for those of the parameters in a later run, in
+    which the same gradients come in, they are kept for it: they are small, and the state is not needed again."""
+    if ctx.distributed:  # of results that nobody used autograd has plain zeros
+        like = ctx.saved_tensors[0].new_zeros
+        gradients = tuple(g if sharding.is_dtensor(g) else like(g.shape, dtype=g.dtype) for g in gradients)
+    kept, ctx.kept = getattr(ctx, "kept", None), None
+    if kept is not None:
+        came, made = kept
+        same = all(
+            was() is now and version == now._version for (was, version), now in zip(came, gradients, strict=True)
+        )
+        others = len(ctx.next_functions) - _PARAMETERS_LAST
+        if same and not any(asked_for(ctx)[:others]):
+            return *[None] * others, *made
+    made = backward(*gradients, *ctx.saved_tensors, *ctx.options)
+    if type(gradients[0]) is Tensor and not torch.is_grad_enabled() and runs_again() is not None:
+        came = [(weakref.ref(gradient), gradient._version) for gradient in gradients]
+        ctx.kept = came, made[-_PARAMETERS_LAST:]
+    return made
+
+
+def asks_once(node: Any) -> bool:
+    """Whether a node is one of those operators' and asks for what it has saved in the first of two runs alone."""
+    return str(node.name()).startswith("GeneratedBackwardFor_mhc_rewrite_")
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

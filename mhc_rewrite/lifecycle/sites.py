@@ -17,6 +17,7 @@ from mhc_rewrite.api import mhcify
 from mhc_rewrite.conversion.converted import find_converted, forget, site_at, sites_in_use
 from mhc_rewrite.conversion.install import is_converted, uninstall
 from mhc_rewrite.errors import SitesError
+from mhc_rewrite.kernels.sharding import is_dtensor
 from mhc_rewrite.lifecycle.saved_plan import SavedPlan, check_fits, check_same_sites, install_saved, saved_plan
 
 CONFIG, WEIGHTS = "mhc_config.json", "mhc_model.safetensors"
@@ -132,13 +133,22 @@ def _load(part: nn.Module, saved: SavedPlan, tensors: dict[str, Tensor]) -> None
             )
     with torch.no_grad():
         for name, site in sites.items():
-            values = {field: tensors[f"{name}.{field}"] for field in site.state_dict()}
+            values = {field: _as(mine, tensors[f"{name}.{field}"]) for field, mine in site.state_dict().items()}
             site.load_state_dict(values, assign=site.bias.is_meta)
 
 
-def _whole(tensor: Tensor, name: str) -> Tensor:
+def _as(mine: Any, value: Tensor) -> Tensor:
+    """A value as the tensor that it replaces is: distributed where that is."""
+    if not is_dtensor(mine):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # there already where there is one
+
+    return distribute_tensor(value, mine.device_mesh, mine.placements)
+
+
+def _whole(tensor: Any, name: str) -> Tensor:
     """A tensor's values in memory of their own, gathered where it is sharded."""
-    if hasattr(tensor, "full_tensor"):
+    if is_dtensor(tensor):
         tensor = tensor.full_tensor()
     if tensor.is_meta:
         raise SitesError(f"{name!r} is on the meta device and has no values: load the model's weights first.")

@@ -131,7 +131,7 @@ def _between(site: fx.Node) -> list[fx.Node]:
 
 
 def _streams_at(site: fx.Node) -> int:
-    _, bias, kind = site.args[_PHI[site.target] + 1 : _PHI[site.target] + 4]
+    _, bias, _, kind = site.args[_PHI[site.target] + 1 : _PHI[site.target] + 5]
     return streams_of(bias.meta["example_value"].shape[-1], kind)  # type: ignore[union-attr, arg-type]
 
 

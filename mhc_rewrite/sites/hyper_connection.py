@@ -13,6 +13,7 @@ from mhc_rewrite.errors import SitesError
 from mhc_rewrite.kernels import ops, reference
 from mhc_rewrite.kernels.kinds import static
 from mhc_rewrite.kernels.reference import Coefficients
+from mhc_rewrite.kernels.sharding import is_dtensor
 from mhc_rewrite.sites import options, recompute
 from mhc_rewrite.sites.streams import collapse
 from mhc_rewrite.torch_private import KeepsPrecision, frees_parameters, inside_function_transform
@@ -26,10 +27,6 @@ class Portable:
 
 def _plain_torch() -> bool:
     return Portable.on or torch.onnx.is_in_onnx_export() or inside_function_transform()
-
-
-def _is_sharded(parameter: Any) -> bool:
-    return hasattr(parameter, "full_tensor")  # DTensor, which need not be imported where there is none
 
 
 class Mix(NamedTuple):
@@ -68,6 +65,9 @@ class HyperConnection(KeepsPrecision):
     phi: Any  # nn.Parameter; None with dynamic=False, as is alpha
     alpha: Any
     bias: nn.Parameter
+    # What gradients are to the ranks that share distributed parameters, where the streams are plain tensors: placements
+    # that distributed/tensor.py gives. Elsewhere a site can't tell parts of the tokens from all of them.
+    local_gradients: Any = None
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class HyperConnection(KeepsPrecision):
         form: Any = {"dtype": self.bias.dtype, "device": self.bias.device}
         mine = {name: getattr(self, name) for name in self._shapes()}
         made = {
-            name: torch.empty(shape, **form) if mine[name] is None or _is_sharded(mine[name]) else mine[name]
+            name: torch.empty(shape, **form) if mine[name] is None or is_dtensor(mine[name]) else mine[name]
             for name, shape in self._shapes().items()
         }
         start(made["phi"], made["alpha"], made["bias"], self.config.n, self.index)
@@ -123,7 +123,7 @@ class HyperConnection(KeepsPrecision):
         with torch.random.fork_rng(devices=[]):
             starts = [list(HyperConnection(self.width, self.config, **made).parameters()) for _ in range(2)]
         parameters: Any = self.parameters()
-        mine = [p.full_tensor() if _is_sharded(p) else p for p in parameters]
+        mine = [p.full_tensor() if is_dtensor(p) else p for p in parameters]
         return any(torch.equal(a, b) and not torch.equal(a, p.cpu()) for a, b, p in zip(*starts, mine))
 
     def options(self) -> dict[str, Any]:
@@ -134,14 +134,14 @@ class HyperConnection(KeepsPrecision):
         """The options, which go with the parameters in every state dict."""
         return options.to_tensor(self.options(), self.bias.device)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Holds the options of weights that are being loaded against this site's.
 
         Raises:
             SitesError: they differ, so that the weights would compute another function here.
         """
-        if state.is_meta:
-            return
+        if not isinstance(state, Tensor) or state.is_meta:
+            return  # torch.distributed.checkpoint gives an object of its own where the weights have none
         # What weights of an earlier version say nothing of was as it is by default now.
         theirs, mine = {**MHCConfig().function(), **options.from_tensor(state)}, self.options()
         other = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
@@ -155,7 +155,7 @@ class HyperConnection(KeepsPrecision):
     def coefficients(self, streams: Tensor) -> Coefficients:
         """H_pre (tokens, n), H_post (tokens, n), H_res (tokens, n, n) of a state in this site's layout, by the
         reference: for a look at a trained site, not for training it."""
-        phi, alpha, bias, kind, iterations, eps_norm = self.operands(streams.dtype)
+        phi, alpha, bias, kind, iterations, eps_norm = self.operands(streams.dtype, is_dtensor(streams))
         raw, _ = reference.project(self._tokens_last(streams), phi, kind, eps_norm)
         return reference.coefficients(raw, alpha, bias, kind, iterations)
 
@@ -166,9 +166,10 @@ class HyperConnection(KeepsPrecision):
         `boundary` with what the site before hands over; u, H_post and H_res, behind the next state if there is one.
         """
         if branch is None:
-            u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *self.operands(streams.dtype))
+            operands = self.operands(streams.dtype, is_dtensor(streams))
+            u, post, res, *_ = self._operators().pre(self._tokens_last(streams), *operands)
             return self._as_given(u), post, res
-        operands = self.operands(torch.promote_types(streams.dtype, branch.dtype))
+        operands = self.operands(torch.promote_types(streams.dtype, branch.dtype), is_dtensor(streams))
         mixed, u, post, res, *_ = self._operators().boundary(
             self._tokens_last(streams), self._branch(branch), h_post, h_res, *operands
         )
@@ -206,18 +207,19 @@ class HyperConnection(KeepsPrecision):
         # A conversion puts a number in place of "auto". A site by itself knows of no other.
         return recompute.Operators(1 if length == "auto" else length, copies=frees_parameters(self))
 
-    def operands(self, streams: torch.dtype) -> tuple[Any, ...]:
-        """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype.
+    def operands(self, streams: torch.dtype, distributed: bool = False) -> tuple[Any, ...]:
+        """phi, alpha, bias, kind, iterations and eps as the operators take them for streams of this dtype, which are
+        DTensors (`distributed`) or not.
 
         Never narrower than fp32: a policy of mixed precision (FSDP) hands over parameters in bf16, and what is made of
         them in bf16 is an H_res whose rows sum to 1 within 2e-3 only.
         """
         config, connection = self.config, connection_of(self.config.connection)
         dtype = torch.promote_types(torch.promote_types(streams, self.bias.dtype), torch.float32)
-        bias: Tensor = self.bias
-        phi, alpha, kind = self.phi, self.alpha, config.connection
+        phi, alpha, bias = self._values(distributed)
+        kind = config.connection
         if not config.dynamic:
-            phi, alpha = self.bias.new_empty(config.n * self.width, 0), self.bias.new_zeros(3)
+            phi, alpha = bias.new_empty(config.n * self.width, 0), bias.new_zeros(3)
             kind = static(kind)
         elif connection.projection is not None:
             phi = connection.projection(phi, config.n)
@@ -228,10 +230,33 @@ class HyperConnection(KeepsPrecision):
                 phi, alpha = self._learning(phi, columns), self._learning(alpha, [1, 1, 1])
         return *(operand.to(dtype) for operand in (phi, alpha, bias)), kind, config.sinkhorn_iterations, config.eps_norm
 
+    def _values(self, distributed: bool) -> tuple[Any, ...]:
+        """phi, alpha and bias, as DTensors or as plain tensors.
+
+        Raises:
+            SitesError: the parameters are one and the streams the other, and nobody said what follows for gradients.
+        """
+        mine: tuple[Any, ...] = self.phi, self.alpha, self.bias
+        if is_dtensor(self.bias) == distributed:
+            return mine
+        if distributed or self.local_gradients is None:
+            streams, parameters = ("DTensors", "are not") if distributed else ("plain tensors", "are DTensors")
+            raise SitesError(
+                f"The streams that HyperConnection({self.extra_repr()}) got are {streams}, and its parameters "
+                f"{parameters}. For tensor and sequence parallelism put mhc_rewrite.distributed.SiteParallel into the "
+                "plan of parallelize_module, for this site as for all others. Where FSDP shards the site, call the "
+                "module that it was sharded with, not a part of it."
+            )
+        return tuple(p if p is None else p.to_local(grad_placements=self.local_gradients) for p in mine)
+
     def _learning(self, operand: Tensor, sizes: list[int]) -> Tensor:
         """The operand, whose columns of mappings that are not to learn hand no gradient on."""
-        parts = zip(MAPPINGS, operand.split(sizes, dim=-1), strict=True)
-        return torch.cat([part if name in self.config.learn else part.detach() for name, part in parts], dim=-1)
+        parts, start = [], 0
+        for name, size in zip(MAPPINGS, sizes, strict=True):
+            part = operand.narrow(-1, start, size)
+            parts.append(part if name in self.config.learn else part.detach())
+            start += size
+        return torch.cat(parts, dim=-1)
 
     def _tokens_last(self, streams: Tensor) -> Tensor:
         """(tokens, n, C)."""

@@ -4,7 +4,9 @@ While a carrier's rewritten forward runs, hooks see what autograd is about to sa
 H_res) is recognised by its memory, whoever saves it, and a note of where it comes from is kept in its place. When
 backward asks for the first of a segment, the segment's operators run once more, from its first state and the blocks'
 outputs, which are kept; blocks never run again. A state that something has changed on the way from one site to the next
-(a norm or dropout on the trunk) begins a segment. Source: arXiv:2512.24880, eq. 20.
+(a norm or dropout on the trunk) begins a segment. Where backward comes in two runs, as schedules of pipelines have it,
+operators run once more for both: what the first asks for and the second will, u by a norm with weights, is kept until
+then. Source: arXiv:2512.24880, eq. 20.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from mhc_rewrite.errors import StreamError
 from mhc_rewrite.kernels import ops
-from mhc_rewrite.torch_private import inside_function_transform, saved_tensors_hooks_on_top
+from mhc_rewrite.torch_private import inside_function_transform, runs_again, saved_tensors_hooks_on_top
 
 X = 0  # of what is made at a site: X, u, H_post, H_res
 
@@ -48,7 +50,10 @@ class Segment:
         if handle not in self.pending:
             self._replay()
         self.pending.discard(handle)
-        value = self.made[id(handle.state), handle.output]
+        key = id(handle.state), handle.output
+        value = self.made[key]
+        if not any((id(other.state), other.output) == key for other in self.pending):
+            del self.made[key]
         if not self.pending:
             self.made = {}
         return value
@@ -117,19 +122,30 @@ class State:
 
 @dataclass(eq=False)
 class Handle:
-    """In place of a saved tensor: what it is a view of."""
+    """In place of a saved tensor: what it is a view of.
+
+    Attributes:
+        again: that, between two runs of one backward that both ask.
+    """
 
     state: State
     output: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: Any
+    again: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.state.segment.handles.add(self)
 
     def tensor(self) -> Tensor:
-        return self.state.segment.give(self).as_strided(self.size, self.stride, self.offset)
+        value, self.again = self.again, None
+        if value is None:
+            value = self.state.segment.give(self)
+            node = runs_again()
+            if node is not None and not ops.asks_once(node):
+                self.again = value
+        return value.as_strided(self.size, self.stride, self.offset)
 
 
 # -- hooks -------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 Its memory is the streams', so autograd, checkpoints and whatever else looks below Python carries all of them with their
 gradient. Every function of torch that reads it gets the mean, in the trunk's shape; copies of it stay n streams.
+
+Of streams that are a DTensor it is this rank's part, and reads as the DTensor's mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mhc_rewrite.kernels.sharding import is_dtensor
 from mhc_rewrite.sites.streams import collapse_gradient, one_stream, read_mean, spread_gradient
 from mhc_rewrite.torch_private import constant_while_tracing
 
@@ -29,6 +32,22 @@ _COPIES = frozenset(
 _AUGMENTED = frozenset("add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split())
 
 
+class Spread(NamedTuple):
+    """How a rank's part lies in a DTensor."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The DTensor of which this rank has `part`."""
+        from torch.distributed.tensor import DTensor
+
+        form: Any = {"shape": self.shape, "stride": self.stride}
+        return DTensor.from_local(part, self.mesh, self.placements, run_check=False, **form)
+
+
 class StreamState(Tensor):
     """n streams that read as one tensor.
 
@@ -36,6 +55,7 @@ class StreamState(Tensor):
         channel_dim: of the trunk.
         reads_as: "mean"; or "itself": what came out where a stream ended, no state.
         streams: the same as a plain tensor in autograd's graph, for compiled code; None where it isn't in the graph.
+        spread: of which DTensor this is a part, if it is.
         number: of the stream.
         turns: how often the module that ends the stream has passed it on.
         written: what stands here since somebody wrote to it in place.
@@ -44,6 +64,7 @@ class StreamState(Tensor):
     channel_dim: ClassVar[int]
     reads_as: ClassVar[str]
     streams: Tensor | None
+    spread: Spread | None
     number: int
     turns: int
     written: Tensor | None
@@ -99,6 +120,11 @@ def state(
     streams: Tensor, channel_dim: int, reads_as: str, number: int, turns: int, in_graph: bool = True
 ) -> StreamState:
     """Streams as a state. `in_graph`: whether the graph of `streams` is the one that gradients will take."""
+    spread = None
+    if is_dtensor(streams):
+        dtensor: Any = streams
+        spread = Spread(dtensor.device_mesh, dtensor.placements, dtensor.shape, dtensor.stride())
+        streams = dtensor.to_local()
     if torch.compiler.is_dynamo_compiling() or type(streams) is Tensor:
         made = streams.as_subclass(KINDS[channel_dim, reads_as])
     else:
@@ -108,6 +134,7 @@ def state(
             requires_grad=streams.requires_grad,
         )  # fmt: skip
     made.streams = streams if in_graph else None
+    made.spread = spread
     made.number, made.turns, made.written = number, turns, None
     return made
 
@@ -118,13 +145,26 @@ def is_state(value: Any) -> bool:
 
 
 def streams_of(state: StreamState) -> Tensor:
-    """The streams, a plain tensor."""
-    if torch.compiler.is_compiling() or not _is_memory(state):
-        if state.streams is None:
-            torch._dynamo.graph_break()
-        return state.streams  # type: ignore[return-value]
+    """The streams, a plain tensor or a DTensor."""
+    if state.streams is not None and (torch.compiler.is_compiling() or not _is_memory(state)):
+        return _whole(state, state.streams)
+    return in_eager(state) if torch.compiler.is_compiling() else _from_memory(state)
+
+
+def _from_memory(state: StreamState) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
-        return state.as_subclass(Tensor)
+        part = state.as_subclass(Tensor)
+    return _whole(state, part)
+
+
+def _whole(state: StreamState, part: Tensor) -> Tensor:
+    """What lies as the state's memory does, a gradient say, as what the streams are."""
+    return part if state.spread is None else state.spread.whole(part)
+
+
+# The same for compiled code, whose graph ends there: `meet_dynamo` sees to it. A function of autograd that hands on its
+# arguments, as FSDP's does, makes a state whose graph is known to autograd alone.
+in_eager = _from_memory
 
 
 def plain(value: Any) -> Any:
@@ -203,7 +243,7 @@ def _ask_books(name: str, func: Any, state: StreamState, args: Any, kwargs: Any)
     if isinstance(answer, Tensor):
         # A leaf is a copy that checkpoints make, to hand on the gradients of the streams.
         whole = state.is_leaf or not is_state(state)
-        return answer if whole else collapse_gradient(answer, type(state).channel_dim)
+        return answer if whole else collapse_gradient(_whole(state, answer), type(state).channel_dim)
     return answer
 
 
@@ -218,12 +258,17 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
     dim, whole = type(state).channel_dim, type(state).reads_as == "itself"
 
     def seen(gradient: Tensor) -> Any:
-        if whole:
-            return hook(gradient)
-        other = hook(collapse_gradient(gradient, dim))
-        return None if other is None else spread_gradient(other, gradient, dim)
+        all_ranks = _whole(state, gradient)
+        other: Any = hook(all_ranks if whole else collapse_gradient(all_ranks, dim))
+        if other is None:
+            return None
+        other = other if whole else spread_gradient(other, all_ranks, dim)
+        return other.to_local() if is_dtensor(other) else other
 
     with torch._C.DisableTorchFunctionSubclass():
+        if _is_memory(state) and not torch.compiler.is_compiling():
+            with torch.enable_grad():  # whatever the mode is, by the state itself, or the hook would not see it
+                state.streams = state.as_subclass(Tensor)
         return state.register_hook(seen)
 
 
@@ -235,7 +280,7 @@ def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():  # the objects themselves are in the graph
         found = torch.autograd.grad(outputs, given, *plain(args), **plain(kwargs))
     return tuple(
-        collapse_gradient(gradient, type(x).channel_dim) if is_state(x) and gradient is not None else gradient
+        gradient if gradient is None or not is_state(x) else collapse_gradient(_whole(x, gradient), type(x).channel_dim)
         for x, gradient in zip(given, found, strict=True)
     )
 

@@ -40,7 +40,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,13 @@ class Reader:
         self.file = Path(file)
         self._place = 0
         self._number = 0
-        lines = list(self._lines())
-        if not lines:
+        lines = iter(self._lines())
+        if (first := next(lines, None)) is None:
             raise RunFileError(
                 f"{self.file} holds no line yet. A run that is watched writes the first one when watching begins."
             )
-        self.run = Run(self._header(lines[0]))
-        self._add(lines[1:])
+        self.run = Run(self._header(first))
+        self._add(lines)
 
     def more(self) -> list[dict[str, Any]]:
         """The samples that have come since the last call; they are in `run` too."""
@@ -224,7 +225,7 @@ class Reader:
     def _add(self, lines: Iterable[str]) -> list[dict[str, Any]]:
         new = []
         for line in lines:
-            sample = self._sample(line)
+            sample = self._sample(line, self._number)
             self.run.end = sample.get("end")
             if self.run.end is None:
                 while self.run.samples and self.run.samples[-1]["step"] >= sample["step"]:
@@ -233,7 +234,7 @@ class Reader:
                 new.append(sample)
         return new
 
-    def _sample(self, line: str) -> dict[str, Any]:
+    def _sample(self, line: str, number: int) -> dict[str, Any]:
         try:
             sample = json.loads(line)
         except ValueError:
@@ -246,8 +247,52 @@ class Reader:
                 if all(isinstance(values, list) and len(values) == count for values in sample["figures"].values()):
                     return sample
         raise RunFileError(
-            f"Line {self._number} of {self.file} is no sample of its run. Was something else written to the file?"
+            f"Line {number} of {self.file} is no sample of its run. Was something else written to the file?"
         )
+
+
+class Scan(Reader):
+    """The samples of a file one after another, as often as they are asked for: of files too large to be held.
+
+    Attributes:
+        run: without samples.
+        steps: of the samples, in their order.
+        fresh: the number of the first sample that is another since the last call of `more`.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self._places: list[tuple[int, int]] = []  # of samples: the line's place and number
+        self.steps: list[int] = []
+        self.fresh = 0
+        super().__init__(file)
+
+    def more(self) -> list[dict[str, Any]]:
+        """The samples from `fresh` on."""
+        self.fresh = len(self.steps)
+        self._add(self._lines())
+        return list(self.samples(self.fresh))
+
+    def samples(self, first: int = 0) -> Iterator[dict[str, Any]]:
+        with self.file.open("rb") as file:
+            for place, number in self._places[first:]:
+                file.seek(place)
+                yield self._sample(file.readline().decode("utf-8", "replace"), number)
+
+    def _add(self, lines: Iterable[str]) -> list[dict[str, Any]]:
+        place = self._place
+        for line in lines:
+            found = re.match(r'\{"step": ?(\d+),', line)
+            sample: dict[str, Any] = {"step": int(found[1])} if found else self._sample(line, self._number)
+            self.run.end = sample.get("end")
+            if self.run.end is None:
+                while self.steps and self.steps[-1] >= sample["step"]:
+                    self.steps.pop()
+                    self._places.pop()
+                self.fresh = min(self.fresh, len(self.steps))
+                self.steps.append(sample["step"])
+                self._places.append((place, self._number))
+            place = self._place
+        return []
 
 
 def read(file: str | os.PathLike[str]) -> Run:

@@ -1,27 +1,20 @@
-"""What the sites of a plan cost, as formulas and as numbers: memory traffic, flops, memory, an estimate of step time.
+"""What sites cost on one device, as formulas and as numbers: memory traffic, flops, memory.
 
-Counted, not measured: `bench` measures. The traffic of weights is left out, and so are excluded sites. Source:
-arXiv:2512.24880, tables 2 and 3 and eq. 20; what is not from there is derived here.
+The traffic of weights is left out, and so are excluded sites. Source: arXiv:2512.24880, tables 2 and 3 and eq. 20; what
+is not from there is derived here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.resources
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import sympy
-import torch
 
 from mhc_rewrite.config import MHCConfig
 from mhc_rewrite.connections import CONNECTIONS
-from mhc_rewrite.errors import ConfigError
 from mhc_rewrite.kernels.kinds import KINDS
-from mhc_rewrite.plans import RewritePlan
 
 # Tokens, width, streams, sites of a stream (calls), of which M have parameters of their own, sites of a segment of
 # recomputation, bytes of an element, Sinkhorn-Knopp's iterations.
@@ -38,9 +31,6 @@ SYMBOLS = {
 }  # fmt: skip
 FUSIONS = ("unfused", "fused", "boundary")
 FP32 = 4  # bytes
-
-
-# -- formulas ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,11 +209,17 @@ class Cost:
         )
 
     @property
+    def shapes(self) -> tuple[tuple[sympy.Expr, sympy.Expr], ...]:
+        """Of phi, alpha and bias of one site: the first axis, by which they are sharded, and what follows it."""
+        connection = CONNECTIONS[self.config.connection]
+        phi = connection.phi_shape(n, C) if connection.phi_shape else (n * C, self._columns)
+        bias = (self._columns, sympy.S.One)
+        return (phi, (sympy.Integer(3), sympy.S.One), bias) if self.config.dynamic else (bias,)
+
+    @property
     def parameters(self) -> sympy.Expr:
         """phi, alpha and bias of a stream's sites."""
-        connection = CONNECTIONS[self.config.connection]
-        rows, columns = connection.phi_shape(n, C) if connection.phi_shape else (n * C, self._columns)
-        return M * ((rows * columns + 3 if self.config.dynamic else 0) + self._columns)
+        return M * sum(rows * rest for rows, rest in self.shapes)
 
     @property
     def kept(self) -> Kept:
@@ -280,16 +276,17 @@ class Cost:
         """
         if self.config.n_streams == 1:
             return 0
-        return over(self._with_sizes(formula, stream, tokens, segment) for stream in self.streams)
+        return over(int(formula.subs(self.sizes(stream, tokens, segment))) for stream in self.streams)
 
-    def _with_sizes(self, formula: sympy.Expr, stream: Stream, tokens: int, segment: int | None = None) -> int:
+    def sizes(self, stream: Stream, tokens: int = 1, segment: int | None = None) -> dict[sympy.Expr, int]:
+        """What the symbols stand for in one stream."""
         streams = stream.n or self.config.n
-        return int(formula.subs({
+        return {
             T: tokens, C: stream.width, n: streams, L: stream.sites, M: stream.modules, s: stream.itemsize,
             L_r: min(segment or best_segment(streams, stream.sites), stream.sites),
             t_max: self.config.sinkhorn_iterations, n_0: stream.before, n_1: streams if stream.before > 1 else 1,
             K_res: CONNECTIONS[self.config.connection].columns(streams),
-        }))  # fmt: skip
+        }  # fmt: skip
 
     def moved(self, fusion: str, tokens: int = 1) -> tuple[int, int]:
         """Bytes that all sites move, forward and backward, with what it takes to resize streams between stretches.
@@ -299,7 +296,7 @@ class Cost:
         """
         forward, backward = (
             self.evaluate(T * L * site.bytes, tokens=tokens)
-            + sum(self._with_sizes(T * change.bytes, k, tokens) for k in self.streams if k.before > 1)
+            + sum(int((T * change.bytes).subs(self.sizes(k, tokens))) for k in self.streams if k.before > 1)
             for site, change in zip(self.traffic[fusion], self.resize)
         )
         return forward, backward
@@ -307,25 +304,6 @@ class Cost:
     def best_segment(self, stream: int = 0) -> int:
         """L_r of one stream that keeps least, what is made again included."""
         return best_segment(self.streams[stream].n or self.config.n, self.streams[stream].sites)
-
-
-def cost(plan: RewritePlan) -> Cost:
-    """The formulas of a plan, and its sizes.
-
-    A module that is called several times is several sites with one set of parameters.
-    """
-    streams: list[Stream] = []
-    seen: set[str] = set()
-    for stream in plan.streams:
-        itemsize = max(getattr(torch, site.dtype.removeprefix("torch.")).itemsize for site in stream.sites)
-        before = 1
-        for sites in stream.stretches:
-            own = {site.name for site in sites} - seen
-            seen |= own
-            n_here = sites[0].n_streams
-            streams.append(Stream(stream.width, len(sites), len(own), itemsize, n_here, before))
-            before = n_here or before
-    return Cost(plan.config, tuple(streams))
 
 
 def best_segment(streams: int, sites: int) -> int:
@@ -342,138 +320,3 @@ def best_segment(streams: int, sites: int) -> int:
     middle = min(kept(length) for length in {max(1, math.floor(root)), math.ceil(root)}) / (2 * (streams + 2))
     reach = math.sqrt(max(0.0, middle**2 - root**2))
     return min(range(max(1, math.floor(middle - reach)), min(sites, math.ceil(middle + reach)) + 1), key=kept)
-
-
-# -- step time ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak figures of a device, as in devices.json.
-
-    Attributes:
-        bandwidth: of memory, bytes a second.
-        bf16, tf32, fp32: dense flop a second; tf32 None where products of fp32 numbers are made in fp32.
-        source: of these figures.
-        utilisation: share of the peak that the model without mHC is assumed to reach.
-        utilisation_source: where that is from.
-    """
-
-    title: str
-    bandwidth: float
-    bf16: float
-    tf32: float | None
-    fp32: float
-    source: str
-    utilisation: float
-    utilisation_source: str
-
-    @property
-    def product(self) -> float:
-        """Flop a second of the projection: the kernels make a product of fp32 numbers of three in tf32."""
-        return self.tf32 / 3 if self.tf32 else self.fp32
-
-
-@functools.cache
-def devices() -> dict[str, Device]:
-    """By name."""
-    data = json.loads((importlib.resources.files("mhc_rewrite") / "devices.json").read_text(encoding="utf-8"))
-    return {name: Device(**figures) for name, figures in data.items()}
-
-
-def device(name: str) -> Device:
-    """A device's figures.
-
-    Raises:
-        ConfigError: no such device; the message names the known ones.
-    """
-    if name not in devices():
-        raise ConfigError(f"There are no figures for the device {name!r}. The known ones are: {', '.join(devices())}.")
-    return devices()[name]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds for one token of a training step: of the model as it was, and what its sites add."""
-
-    baseline: float
-    added: float
-
-    @property
-    def overhead(self) -> float:
-        """What is added, as a share."""
-        return self.added / self.baseline
-
-
-def estimate(of: Cost, on: Device, parameters: float, fusion: str = "boundary", recompute: bool = False) -> Estimate:
-    """The step time by roofline: no measurement. `assumptions` says in words what goes into it.
-
-    Args:
-        parameters: of the model, those that a token uses.
-        fusion: a key of `Cost.traffic`.
-        recompute: backward runs every site's forward once more.
-
-    Raises:
-        ConfigError: the streams are neither of two nor of four bytes an element.
-    """
-    itemsize = max(stream.itemsize for stream in of.streams)
-    if itemsize not in (2, 4):
-        raise ConfigError("There are no figures for fp64: the estimate is for models in bf16, fp16 and fp32.")
-    peak = on.bf16 if itemsize == 2 else on.fp32
-    forward, backward = (
-        max(
-            moved / on.bandwidth,
-            of.evaluate(L * done.projection) / on.product + of.evaluate(L * (done.mixes + done.sinkhorn)) / on.fp32,
-        )
-        for moved, done in zip(of.moved(fusion), of.flops)
-    )
-    replaced = of.evaluate(L * s * 6 * C) / on.bandwidth
-    return Estimate(
-        baseline=6 * parameters / (on.utilisation * peak),
-        added=(1 + recompute) * forward + backward - replaced,
-    )
-
-
-def assumptions(of: Cost, on: Device, parameters: float) -> tuple[str, ...]:
-    """What `estimate` takes for granted, for a reader."""
-    kind = "bf16" if max(stream.itemsize for stream in of.streams) == 2 else "fp32"
-    product = "three tf32 products" if on.tf32 else "fp32"
-    peaks = f"{on.bandwidth / 1e12:g} TB/s, {on.bf16 / 1e12:g} Tflop/s in bf16, "
-    peaks += f"{on.tf32 / 1e12:g} in tf32, " if on.tf32 else ""
-    return (
-        f"device: {on.title}: {peaks}{on.fp32 / 1e12:g} in fp32 ({on.source})",
-        f"the model without mHC: 6 flops a parameter and token, {parameters:.4g} parameters, at {on.utilisation:.0%} "
-        f"of the peak in {kind} ({on.utilisation_source}); attention's scores and the optimizer are left out",
-        "a site: the longer of its traffic at the peak bandwidth and its flops at the peak, forward and backward "
-        f"apart; the projection as {product}, the rest in fp32. Real kernels stay below both peaks: a lower bound",
-        "the residual add that a site replaces is taken off: 2C read and C written, forward and backward",
-        "recomputing runs every site's forward once more; launches, weights and communication cost nothing",
-    )
-
-
-# -- the paper ---------------------------------------------------------------------------------------------------------
-
-# arXiv:2512.24880, table 5, 27B: 30 layers, the residual adds of attention and of the MLP in each; bf16 streams [11].
-PAPER_STREAM = Stream(width=2560, sites=60, modules=60, itemsize=2)
-PAPER_PARAMETERS = 4.14e9  # active; 27.0e9 in all
-PAPER_OVERHEAD = {4: 0.067}  # section 4.3
-COMMENTARY_OVERHEAD = {1: 0.0, 2: 0.03, 4: 0.067, 8: 0.12}  # a commentary on the paper, which itself gives n = 4 only
-
-
-def paper(streams: int) -> Cost:
-    """The paper's largest model with n streams."""
-    return Cost(MHCConfig(n_streams=streams), (PAPER_STREAM,))
-
-
-def with_streams(plan: RewritePlan, streams: int) -> RewritePlan:
-    """The same plan with another n, for all sites: what is found in a model does not depend on it.
-
-    Raises:
-        ConfigError: n is out of range.
-    """
-    made = [
-        dataclasses.replace(stream, sites=tuple(dataclasses.replace(site, n_streams=None) for site in stream.sites))
-        for stream in plan.streams
-    ]
-    config = dataclasses.replace(plan.config, n_streams=streams)
-    return dataclasses.replace(plan, config=config, streams=tuple(made))

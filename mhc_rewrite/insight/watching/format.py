@@ -342,6 +342,13 @@ class Writer:
         return there
 
     def write(self, line: dict[str, Any]) -> None:
+        """Adds a line.
+
+        Raises:
+            RunFileError: the run has ended.
+        """
+        if self._open.closed:
+            raise RunFileError(f"{self.file} has its end: to go on, watch anew with resume=True.")
         if self._header is not None:
             header, self._header = self._header, None
             self.write(header.to_dict())

@@ -168,6 +168,7 @@ def test_pictures_for_a_paper(run: Path, tmp_path: Path, some_cards: list[Card])
     assert all(file.read_bytes().startswith(b"%PDF") for file in (tmp_path / "pictures").glob("*.pdf"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_cards")
 def test_two_runs_of_other_models(run: Path, tmp_path: Path) -> None:
     other = report_runs.write(tmp_path / "run.jsonl", 2, 20)  # by the same name

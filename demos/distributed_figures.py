@@ -5,7 +5,7 @@
     python demos/distributed_figures.py --write
 
 Runs cases of the tests in two processes on gloo, on CPUs, and prints a table in Markdown; `--write` puts it into
-docs/distributed.md. A case that does not hold ends in its error. In a clone: the cases live in tests/.
+docs/distributed.md. What does not hold has no figure, and its error is shown. In a clone: the cases live in tests/.
 """
 
 from __future__ import annotations
@@ -63,38 +63,48 @@ def row(what: str, bar: str, module: str, *cases: str, figure: str = "held") -> 
     return Row(what, bar, module, (Launch(cases),), figure)
 
 
-MINE = "rank_cases_recipe"
+RECIPE, FIGURES, PIPELINE = "rank_cases_recipe", "rank_cases_figures", "rank_cases_pipeline"
 ROWS = (
     row(
         "FSDP2, `recompute=` 1, 2, 4, 6, 8, auto; resharded behind forward or not; sites in their layer's group or by "
         "themselves; 8 and 12 layers",
-        "no crash, 1e-5", MINE, "every_recompute",
+        "no crash, 1e-5", FIGURES, "every_recompute",
         figure="{runs} runs: loss {loss:.0e}, gradients {gradients:.0e}",
     ),
     row(
-        "policy in bf16, and weights in bf16, with `shard_sites`", "sites and H in fp32, row sums within 1e-6", MINE,
+        "policy in bf16, and weights in bf16, with `shard_sites`", "sites and H in fp32, row sums within 1e-6", FIGURES,
         "bf16_beside_fp32_sites", figure="{dtypes}, row sums within {sums:.1e}",
     ),
     row(
-        "gathers + reductions of a step, FSDP2", "as unconverted, but for the sites' own groups", MINE, "fsdp_traffic",
-        figure="{plain} unconverted, {together} converted, {alone} with `shard_sites`",
+        "gathers + reductions of a step, FSDP2", "as unconverted, but for the sites' own groups", FIGURES,
+        "fsdp_traffic", figure="{plain} unconverted, {together} converted, {alone} with `shard_sites`",
     ),
     row(
-        "collectives of a step, tensor parallelism; with sequence parallelism", "as unconverted", MINE,
+        "collectives of a step, tensor parallelism; with sequence parallelism", "as unconverted", FIGURES,
         "tensor_traffic", figure="{tp}; {sp}",
     ),
     row(
         "sequence parallelism with plain tensors and with DTensors between the regions, eager and compiled; three "
         "steps of AdamW with clipping",
-        "loss 1e-5, gradients 1e-4, equal on all ranks", "rank_cases_tensor", "trains", "trains_compiled",
+        "loss 1e-5, gradients 1e-4, equal on all ranks", "rank_cases_tensor", "trains",
+        "trains_in_compiled_layers", "trains_compiled",
+    ),
+    row(
+        "stages of two and of four, under GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBV and DualPipeV",
+        "gradients 1e-5, cut (B, T, n, C), evaluations of a site at most 2.5 a microbatch", PIPELINE, "stages_of_two",
+        "stages_of_four", figure="held; {two:.2f} and {four:.2f} evaluations",
+    ),
+    Row(
+        "two stages, each sharded by FSDP2 over two of four processes", "gradients 1e-5", PIPELINE,
+        (Launch(("with_fsdp",), world=4),), "held",
     ),
     row(
         "a Llama on the meta device, sharded, `to_empty`, weights from one rank, `reset_parameters`",
         "equal to a plain start",
-        MINE, "llama_from_meta", figure="parameters equal to the bit",
+        RECIPE, "llama_from_meta", figure="parameters equal to the bit",
     ),
     Row(
-        "checkpoint (DCP, also `async_save`) of 2 processes loaded by 2 and by 1", "to the bit; loss 1e-5", MINE,
+        "checkpoint (DCP, also `async_save`) of 2 processes loaded by 2 and by 1", "to the bit; loss 1e-5", RECIPE,
         (
             Launch(("saves_in_the_background", "resumes_to_the_bit", "saves", "resumes_to_the_bit")),
             Launch(("resumes_alone",), world=1),
@@ -102,12 +112,12 @@ ROWS = (
         "2: equal to the bit; 1: loss {loss:.0e}",
     ),
     Row(
-        "one of 2 processes killed, and a new launch", "losses equal to the bit", MINE,
+        "one of 2 processes killed, and a new launch", "losses equal to the bit", RECIPE,
         (Launch(("is_not_killed",)), Launch(("is_killed",), fails=True), Launch(("goes_on_after_the_kill",))),
         "{steps} losses behind the checkpoint equal to the bit",
     ),
     row(
-        "boundaries of 4 layers fused by the compiler", "as many as in one process, or why not", MINE,
+        "boundaries of 4 layers fused by the compiler", "as many as in one process, or why not", FIGURES,
         "all_fused_boundaries",
         figure="one process {one process}, DDP {DDP}, FSDP2 of the model {FSDP2 of the model}, of each layer "
         "{FSDP2 of each layer} (its hooks end a graph at each layer), with `shard_sites` {with sites by themselves}",
@@ -140,15 +150,19 @@ def main(
     rows = [row for row in ROWS if only in row.what]
     if not rows:
         raise typer.BadParameter("--only is in no row.")
-    found = {}
+    found, failed = {}, False
     for row in rows:
         began = time.monotonic()
         with console.status(row.what):
-            found[row.what] = reached(row)
-        console.print(f"{time.monotonic() - began:5.0f} s  {row.what}: {found[row.what]}", highlight=False)
+            try:
+                found[row.what] = said = reached(row)
+            except AssertionError as error:
+                said, failed = f"FAILED\n{error}", True
+        console.print(f"{time.monotonic() - began:5.0f} s  {row.what}: {said}", markup=False, highlight=False)
     print(table(found), end="")
     if write:
         PAGE.write_text(written(PAGE.read_text(), found))
+    raise typer.Exit(1 if failed else 0)
 
 
 def table(found: dict[str, str]) -> str:

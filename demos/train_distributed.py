@@ -371,7 +371,8 @@ def train(
         load(module, trained, checkpoint)
         load(alone, trained_alone, checkpoint)
     elif dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        for earlier in folder.glob("[0-9]*/.metadata"):  # of another run
+            shutil.rmtree(earlier.parent)
     step_alone = in_one_call(alone, bf16)
 
     processes = f"{dist.get_world_size()} process{'es' * (dist.get_world_size() > 1)}"

@@ -1,7 +1,7 @@
 """Starts a function of a test in several processes on gloo, and says what each of them said.
 
-By itself, `python ranks.py module rank world store name ...`: one of these processes. It ends when its input does,
-which the one that started it holds: so nothing is left of a test that is killed.
+By itself, `python ranks.py module rank world store name ...`: one of these processes. Those that `run` starts end when
+their input does, which it holds: so nothing is left of a test that is killed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _end_with_the_input() -> None:
 
 
 def _main(module: str, rank: str, world: str, store: str, *cases: str) -> None:
-    threading.Thread(target=_end_with_the_input, daemon=True).start()
+    if os.getsid(0) == os.getpid():
+        threading.Thread(target=_end_with_the_input, daemon=True).start()
     import torch
     import torch.distributed as dist
 

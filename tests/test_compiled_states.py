@@ -33,6 +33,7 @@ def handed_on(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @torch.compiler.disable
+@torch.no_grad()
 def hooked(layer: nn.Module, args: Any, result: Tensor) -> None:
     result.register_hook(lambda gradient: 3 * gradient)
 

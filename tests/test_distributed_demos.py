@@ -47,14 +47,12 @@ def test_the_demo_resumes_on_another_number_of_processes(tmp_path: Path) -> None
 @pytest.mark.parametrize("bf16", ([], ["--bf16"]), ids=["fp32", "bf16"])
 def test_the_demo_in_every_way(bf16: list[str], tmp_path: Path) -> None:
     """Each from the same start, and each from the checkpoint of the one before."""
-    ways = [("ddp", 2), ("fsdp", 4), ("pp", 2), ("fsdp+pp", 4)]
+    ways = [("ddp", 2), ("fsdp", 4), ("tp", 2), ("pp", 2), ("fsdp+pp", 4)]
     starts = [trained(way, tmp_path / way, *bf16, world=world) for way, world in ways if not (tmp_path / way).mkdir()]
     assert max(first for first, _ in starts) - min(first for first, _ in starts) < (1e-2 if bf16 else 1e-5)
-    last = starts[0][1]
-    for way, world in ways:
-        first, end = trained(way, tmp_path / "ddp", "--resume", *bf16, world=world)
-        assert end < first < last
-        last = end
+    for number, (way, world) in enumerate(ways, 2):
+        assert trained(way, tmp_path / "ddp", "--resume", *bf16, world=world)[1] < starts[0][1]
+        assert (tmp_path / "ddp" / "checkpoints" / str(4 * number) / ".metadata").exists()
 
 
 @pytest.mark.long
@@ -87,8 +85,24 @@ def test_figures_go_between_their_marks() -> None:
         distributed_figures.written("nothing", {})
 
 
-@pytest.mark.slow
+def test_what_fails_has_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(row: distributed_figures.Row) -> str:
+        if row.what == distributed_figures.ROWS[0].what:
+            raise AssertionError("out of bounds")
+        return "2"
+
+    monkeypatch.setattr(distributed_figures, "reached", fails)
+    with pytest.raises(typer.Exit) as ended:
+        distributed_figures.main(only="", write=False)
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr()
+    assert "out of bounds" in said.err and said.out.count(" | 2 |\n") == len(distributed_figures.ROWS) - 1
+
+
+@pytest.mark.long
 def test_a_row_is_what_its_cases_reach(capsys: pytest.CaptureFixture[str]) -> None:
-    distributed_figures.main(only="gathers", write=False)
+    with pytest.raises(typer.Exit) as ended:
+        distributed_figures.main(only="gathers", write=False)
+    assert ended.value.exit_code == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 and "9 + 5 unconverted, 9 + 5 converted, 17 + 13 with" in printed[2]

@@ -17,10 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.slow
 
-CASES = {
-    "wrappers": ["ddp_options", "ddp_accumulates", "fsdp_root_only", "fsdp_offloaded", "clipped_steps"],
-    "compiled": ["some_fused_boundaries"],
-}
+CASES = [
+    "ddp_options",
+    "ddp_accumulates",
+    "fsdp_root_only",
+    "fsdp_offloaded",
+    "sites_of_stages_are_checked",
+    "clipped_steps",
+]
 LONG = [
     "all_fused_boundaries",
     "every_recompute",
@@ -31,30 +35,36 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_two_processes(kind: str, tmp_path: Path) -> None:
-    ranks.run("rank_cases_recipe", *CASES[kind], folder=tmp_path)
+def test_two_processes(tmp_path: Path) -> None:
+    ranks.run("rank_cases_recipe", *CASES, folder=tmp_path)
+
+
+def test_compilers_fuse_what_they_see(tmp_path: Path) -> None:
+    ranks.run("rank_cases_figures", "some_fused_boundaries", folder=tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG)
 def test_two_processes_for_long(case: str, tmp_path: Path) -> None:
-    ranks.run("rank_cases_recipe", case, folder=tmp_path, limit=600)
+    ranks.run("rank_cases_figures", case, folder=tmp_path, limit=900)
 
 
 def test_checkpoints(tmp_path: Path) -> None:
     """To the bit in as many processes, in one of a loss of 1e-5; written at once and in the background."""
     ways = "saves_in_the_background", "saves"
-    ranks.run("rank_cases_recipe", *[case for way in ways for case in (way, "resumes_to_the_bit")], folder=tmp_path)
+    cases = [case for way in ways for case in (way, "resumes_to_the_bit")]
+    ranks.run("rank_cases_recipe", *cases, "full_state_dicts", folder=tmp_path)
     ranks.run("rank_cases_recipe", "resumes_alone", folder=tmp_path, world=1)
 
 
+@pytest.mark.long
 def test_a_killed_rank_and_a_new_launch(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="is_killed: failed"):
         ranks.run("rank_cases_recipe", "is_not_killed", "is_killed", folder=tmp_path)
     ranks.run("rank_cases_recipe", "goes_on_after_the_kill", folder=tmp_path)
 
 
+@pytest.mark.long
 def test_trainers(tmp_path: Path) -> None:
     for world in (2, 1):
         ranks.run("rank_cases_recipe", "trainer", "accelerates", "llama_from_meta", folder=tmp_path, world=world)

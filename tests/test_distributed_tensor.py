@@ -11,12 +11,29 @@ import ranks
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "operators": ["sites_on_dtensors"],
     "training": ["counts", "trains"],
     "sites": ["tensor_parallel_alone", "wrong_gradients_are_found", "wrong_use_is_refused", "sites_keep_their_ways"],
+    "others": ["with_fsdp", "others_see_the_trunk"],
 }
+DTENSORS = ["sites_on_dtensors", "results_that_nobody_uses", "kinds_on_dtensors", "dropout_on_dtensors"]
+COMPILED = ["trains_in_compiled_layers", "trains_compiled", "trains_by_inductor", "trains_by_mhc"]
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_tensor", *CASES[kind], folder=tmp_path)
+
+
+def test_dtensors(tmp_path: Path) -> None:
+    ranks.run("rank_cases_dtensor", *DTENSORS, folder=tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled(case: str, tmp_path: Path) -> None:
+    ranks.run("rank_cases_tensor", case, folder=tmp_path, limit=600)
+
+
+@pytest.mark.long
+def test_four_processes(tmp_path: Path) -> None:
+    ranks.run("rank_cases_tensor", "in_two_dimensions", folder=tmp_path, world=4, limit=300)

@@ -70,8 +70,8 @@ def test_it_is_one_file_without_errors(page: Page, path: Path) -> None:
     assert page.evaluate("document.title") == "Decoder: streams"
     names = page.evaluate(NAMES)
     assert [name.split(".mhc")[0] for name in names] == [
-        "encoder.layers.{0..11}", "encoder.layers.{0..11}", "model.layers.{0..11}", "model.layers.{0..11}",
-        "model.layers.3.mlp.act",
+        "encoder.layers.{0..11}", "encoder.layers.{0..11}", "model.layers.{0..11}", "model.layers.3.mlp.act",
+        "model.layers.{0..11}",
     ]  # fmt: skip
     assert page.errors == []
 
@@ -134,8 +134,8 @@ def test_a_slash_searches_and_enter_goes_on(page: Page) -> None:
 
 
 def test_hovering_tells(page: Page) -> None:
-    page.evaluate(f"{ROWS}[4].scrollIntoView({{block: 'center'}})")
-    x, y = page.evaluate(f"(b => [b.left + 90, b.top + 12])({ROWS}[4].getBoundingClientRect())")
+    page.evaluate(f"{ROWS}[3].scrollIntoView({{block: 'center'}})")
+    x, y = page.evaluate(f"(b => [b.left + 90, b.top + 12])({ROWS}[3].getBoundingClientRect())")
     page.hover(x, y)
     said = page.evaluate(TIP)
     assert all(text in said for text in ("model.layers.3.mlp.act", "no-mixing", "an activation", "model.py:40")), said
@@ -185,6 +185,17 @@ def test_a_thousand_layers_unfold_and_print(browser: Browser, tmp_path: Path) ->
     assert all(end <= top for (_, end), (top, _) in itertools.pairwise(tops))
     page.evaluate("document.querySelector('#all').click()")
     assert page.printed().startswith(b"%PDF-") and page.errors == []
+
+
+def test_paper_gets_both_sides_on_white(browser: Browser, path: Path) -> None:
+    page = browser.open(path, width=718, dark=True)
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    page.send("Emulation.setEmulatedMedia", media="print", features=[scheme])
+    visible = "[...document.querySelectorAll('.row svg')].filter(s => s.getClientRects()[0]).map(s => s.classList[1])"
+    assert set(page.evaluate(visible)) == {"a", "b"}
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("document.documentElement.scrollWidth") == 718
+    assert page.evaluate("document.querySelector('.tools').getClientRects().length") == 0
 
 
 def test_the_picture_is_coloured_by_the_reader_too(browser: Browser, tmp_path: Path) -> None:

@@ -335,7 +335,13 @@ class TestCommand:
         assert last[-4:] == ["-", "-", "-", "6.7%"]
         said = " ".join(output.split())
         assert "fsdp=128,pp=8 has 16 stages under DualPipeV, which takes at least as many microbatches" in said
-        for text in ("ESTIMATE, not measured", "NVIDIA DGX H100 Datasheet", "1280 sequences", "names neither"):
+        for text in (
+            "M (ceiling(g/2) + 1)/p collectives to a step of FSDP",
+            "ESTIMATE, not measured",
+            "NVIDIA DGX H100 Datasheet",
+            "1280 sequences",
+            "names neither",
+        ):
             assert text in said, text
 
     def test_a_model(self) -> None:
@@ -344,6 +350,7 @@ class TestCommand:
         one, two = rows(result.stdout, "bytes that a rank sends")[:2]
         assert one[:4] == ["fsdp=2,pp=3", "6", "12", "1"] and two[3] == "2"
         assert one[-3:] == ["0.0", "->", "0.0"] and "C T h m s (n - 1)" in result.stdout
+        assert "2 d (m + p - floor((m - 2)/p) - 3)" in result.stdout and "collectives to a step" not in result.stdout
         one, two = rows(result.stdout, "ESTIMATE")
         assert [cell for cell in one if cell.endswith("%")] == ["0.0%"]
         assert "6 stages under DualPipeV, and the model 3 layers" in result.stdout

@@ -300,12 +300,19 @@ def test_a_copy_takes_no_hooks_along() -> None:
 
 def test_evaluation_is_not_seen() -> None:
     converted = model()
+    oracle.perturb(converted)
+    x = features(3, 5, WIDTH)
+    expected = watched(converted, x)
+    converted.zero_grad()
     with watch(converted, tokens=1000) as seen:
         with torch.no_grad():
             converted(features(7, 5, WIDTH))
-        converted(features(2, 5, WIDTH)).sum().backward()
-        seen.step()
-    assert seen.line is not None
+        loss = loss_of(converted(x))
+        with torch.no_grad():
+            converted(features(7, 5, WIDTH))
+        loss.backward()
+        seen.step(loss)
+    assert seen.line == expected
 
 
 # -- what can't be watched ---------------------------------------------------------------------------------------------

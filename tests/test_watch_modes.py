@@ -60,6 +60,7 @@ def test_accumulated_steps_show_the_first_batch_and_all_gradients() -> None:
     with watch(other, tokens=1000) as seen:
         for part in (first, second):
             loss_of(other(part.clone().requires_grad_())).backward()
+            assert len(other.layers[0].mhc_0._forward_hooks) == 1
         seen.step(1.0)
     line: Any = seen.line
     assert line["maps"] == expected["maps"] and line["composite"] == expected["composite"]

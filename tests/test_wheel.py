@@ -108,6 +108,7 @@ def test_wheel_holds_every_file_once(wheel: Path) -> None:
     assert {name for name in files if name.endswith(".py")} == sources
     assert len(files) == len(set(files))
     data = {"devices.json", "py.typed", *(f"kernels/cpp/{path.name}" for path in (ROOT / "kernels/cpp").iterdir())}
+    data |= {f"insight/drawing/page/{name}" for name in ("page.css", "page.js")}
     assert {f"mhc_rewrite/{name}" for name in data} <= set(files)
 
 

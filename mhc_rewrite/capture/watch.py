@@ -254,7 +254,9 @@ class Watch:
         self.visited.add(id(value))
         root, steps = way
         if isinstance(value, (list, dict, set)):
-            self.before.append((value, copy.copy(value)))
+            # Not by its own class: one may give what is put into it another key.
+            kind = next(kind for kind in (list, dict, set) if isinstance(value, kind))
+            self.before.append((value, kind(value)))
         if is_plain(value):
             self._record(key, way, copy.deepcopy(value))
         elif isinstance(value, dict):

@@ -68,12 +68,21 @@ def _formulas(of: MeshCost, shown: Sequence[str]) -> list[RenderableType]:
     table = plain_table("bytes", "the model's weights", "blocks and cuts of a stream", "mHC adds to a stream")
     for way, sent in ((way, of.sent[way]) for way in shown):
         table.add_row(WAYS[way], *map(formula_text, (sent.weights, sent.blocks, sent.sites)))
-    names = ", ".join(f"{symbol} = {what}" for symbol, what in costs.MESH_SYMBOLS.items())
+    waited = plain_table("seconds", "waited for in a step")
+    for way in shown:
+        if way != "pipeline":
+            waited.add_row(WAYS[way], formula_text(costs.exposed(way)))
+    for name, schedule in costs.SCHEDULES.items() if "pipeline" in shown else ():
+        waited.add_row(f"pipeline, {name}", formula_text(schedule.exposed))
     more = f"sites in groups of their own add {formula_text(of.collectives)} collectives to a step of FSDP"
     cut = f"a message right behind the expansion could be {formula_text(of.after_expansion)} bytes"
+    names = ", ".join(f"{symbol} = {what}" for symbol, what in costs.MESH_SYMBOLS.items())
+    times = ", ".join(f"{symbol} = {what}" for symbol, what in costs.TIME_SYMBOLS.items())
     return [
         *section("sent by a rank in a training step", table),
         *(Padding(prose(text), (0, 0, 0, 2)) for text in (names, f"{more}; {cut}" if of.sites_apart else cut)),
+        *section("waited for, by the model below", waited),
+        Padding(prose(times), (0, 0, 0, 2)),
     ]
 
 

@@ -138,7 +138,13 @@ def draw_model(
     model: Spec,
     to: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="model.svg, .html, .png or .dot.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="model.svg, .html, .png, .dot; .json for Model Explorer.",
+            show_default=False,
+        ),
     ],
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Draw every layer, also those that are alike.")] = False,
     n: Streams = "4",

@@ -25,13 +25,13 @@ from mhc_rewrite.conversion.captures import CallKind, Captured
 from mhc_rewrite.conversion.converted import called_site
 from mhc_rewrite.conversion.hooks import OnTheTrunk, adapt, give_back
 from mhc_rewrite.conversion.roles import CarrierRole, Rewrites, Role, meet_dynamo
+from mhc_rewrite.conversion.whole import ROLE
 from mhc_rewrite.errors import CaptureError, StreamError, UnsupportedModelError
 from mhc_rewrite.plans import ResidualSite, ResidualStream, RewritePlan
 from mhc_rewrite.sites.hyper_connection import HyperConnection
 from mhc_rewrite.sites.state import plain
 from mhc_rewrite.torch_private import scripted_calls_take, shards_take
 
-_ROLE = "_mhc_role"
 # Attributes that a converted module needs to have. torch's encoder would pack a padded batch into a nested tensor for
 # its fused layers, which a rewritten layer can't take.
 _SETTINGS: dict[type, dict[str, Any]] = {nn.TransformerEncoder: {"use_nested_tensor": False}}
@@ -61,7 +61,7 @@ def converted_class(base: Any, hides_sites: bool = False) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        role = self.__dict__.get(_ROLE)  # a slice of a Sequential has the class, but no role
+        role = self.__dict__.get(ROLE)  # a slice of a Sequential has the class, but no role
         if role is None or type(self)._mhc_forward is not made._mhc_forward:  # of a conversion before
             return original(self, *args, **kwargs)
         return role.run(self, original, args, kwargs)
@@ -121,7 +121,7 @@ def _tell_transformers(kinds: Iterable[type]) -> None:
 
 def role_of(module: nn.Module) -> Role | None:
     """A converted module's role."""
-    return module.__dict__.get(_ROLE)
+    return module.__dict__.get(ROLE)
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
@@ -169,7 +169,7 @@ def install(model: nn.Module, analysis: Analysis) -> None:
                     role.settings[attribute] = getattr(module, attribute)
                     setattr(module, attribute, value)
             module.__class__ = converted
-            module.__dict__[_ROLE] = role
+            module.__dict__[ROLE] = role
             adapt(module)
         _tell_transformers(map(type, model.modules()))
     except BaseException:
@@ -196,7 +196,7 @@ def _restore(model: nn.Module) -> None:
             for attribute, value in role.settings.items():
                 setattr(module, attribute, value)
             give_back(module)
-            del module.__dict__[_ROLE]
+            del module.__dict__[ROLE]
             # A class that was made of the converted one later (FSDP's, a parametrization's) stays, as without a role
             # the forward is the original's.
             if "_mhc_base" in type(module).__dict__:
@@ -262,7 +262,7 @@ def _has_sites_without(plan: RewritePlan, out: str) -> bool:
 def _roles(model: nn.Module, analysis: Analysis) -> dict[str, Role]:
     config, streams = analysis.plan.config, analysis.plan.streams
     roles = {name: Role(name, reads=True) for name in _readers(model, set(analysis.carriers))}
-    roles[""] = Role("", reads=True)
+    roles[""] = Role("", reads=True, parts=tuple(analysis.carriers))
     for name, module in model.named_modules():
         if isinstance(module, tuple(_SETTINGS)) and any(_inside(carrier, name) for carrier in analysis.carriers):
             roles.setdefault(name, Role(name))

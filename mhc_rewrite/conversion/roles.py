@@ -29,6 +29,7 @@ from mhc_rewrite.conversion.generated import compile_graph, guard_graph
 from mhc_rewrite.conversion.hooks import Places
 from mhc_rewrite.conversion.naming import CarrierWiring
 from mhc_rewrite.conversion.sharded import gathered
+from mhc_rewrite.conversion.whole import check_whole
 from mhc_rewrite.errors import MHCError, StreamError, UnsupportedModelError
 from mhc_rewrite.passes.expand_streams import Rewrite, expand_streams
 from mhc_rewrite.passes.find_residuals import FoundSite, Residuals
@@ -431,18 +432,22 @@ class Role:
         carrier: rewritten forwards, if its forward holds residual adds.
         reads: whether it gets and gives plain tensors alone: it runs no part of a stream, or it is the whole model.
         settings: attributes of the module before the conversion, where it needs others.
+        parts: of the whole model: the modules whose forwards are rewritten.
     """
 
     name: str
     carrier: CarrierRole | None = None
     reads: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if torch.compiler.is_compiling():
             return self._run(module, original, args, kwargs)
+        if self.parts:
+            check_whole(module, self.parts)
         with under_way() as outermost:
             try:
                 return self._run(module, original, args, kwargs)

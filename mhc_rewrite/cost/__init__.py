@@ -28,6 +28,7 @@ from mhc_rewrite.cost.formulas import (
 from mhc_rewrite.cost.mesh import MESH_SYMBOLS, Mesh, MeshCost, Sent, messages, on_mesh, padded
 from mhc_rewrite.cost.mesh_step import (
     SCHEDULES,
+    TIME_SYMBOLS,
     Job,
     MeshEstimate,
     MeshTime,
@@ -62,6 +63,7 @@ __all__ = [
     "RESIZED",
     "SCHEDULES",
     "SYMBOLS",
+    "TIME_SYMBOLS",
     "C",
     "Cost",
     "Device",

@@ -28,12 +28,14 @@ def check_sites(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
         group: of the ranks that hold the same sites; all ranks by default.
 
     Raises:
-        SitesError: one of them is narrower or differs; by name, on every rank of the group.
+        SitesError: one of them is narrower or differs; by name, on every rank of the group. Or these are not the same
+            sites, but those of stages.
         MHCError: the model is not converted.
     """
     _, converted, _ = find_converted(model)
     sites = sites_in_use(converted)
     held = {f"{name}.{key}": value for name, site in sites.items() for key, value in site.named_parameters()}
+    _check_same({name: tuple(value.shape) for name, value in held.items()}, group)
     wrong = [f"{name} is {value.dtype}" for name, value in held.items() if torch.finfo(value.dtype).bits < 32]
     trained = _of_all({name for name, value in held.items() if value.grad is not None}, group)
     everywhere = set.intersection(*trained)
@@ -54,6 +56,19 @@ def check_sites(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
             "mhc_rewrite.distributed in the plan of parallelize_module; those that have the same tokens need "
             "SiteParallel(sequence_sharded=False) there, or none. docs/distributed.md says what is served."
         )
+
+
+def _check_same(forms: dict[str, tuple[int, ...]], group: dist.ProcessGroup | None) -> None:
+    """Whether these are the same parameters on all ranks: else there is nothing to compare."""
+    first, *others = _of_all(forms, group)
+    for other in others:
+        unlike = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+        if unlike:
+            raise SitesError(
+                f"The ranks hold different sites: {unlike[0]} is not the same, or not there, on all. Give check_sites "
+                'the group of those that hold the same ones: with the stages of a pipeline, mesh["dp"].get_group() '
+                "say. Elsewhere convert on all ranks alike."
+            )
 
 
 def _differing(name: str, value: Any, group: dist.ProcessGroup | None) -> list[str]:

@@ -21,6 +21,7 @@ from mhc_rewrite.conversion.converted import Conversion, find_converted, remembe
 from mhc_rewrite.conversion.generated import compile_graph
 from mhc_rewrite.conversion.install import original_forward
 from mhc_rewrite.conversion.naming import CarrierWiring
+from mhc_rewrite.distributed.objects import content_of
 from mhc_rewrite.distributed.stage import Passing, Program, Stage
 from mhc_rewrite.errors import CaptureError, UnsupportedModelError
 from mhc_rewrite.passes.cut_stage import ForwardFacts, NoStages, called, cut_stage, within
@@ -112,6 +113,7 @@ def _program(
     run = _values(model, captured, as_now(bound), training)
     values, facts = run.values, _facts(model, captured, run)
     _check_names(model, captured, parts, facts)
+    _check_objects(captured, run, parts)
     try:
         cut = cut_stage(captured, parts, index, facts)
     except NoStages as why:
@@ -209,17 +211,21 @@ class _Values(fx.Interpreter):
     Attributes:
         values: by the node's name.
         forms: (call, node that it reads): of modules without parameters, which return the same for other content.
+        content: of objects, a cache say, when they came or were made; by the node's name.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, garbage_collect_values=False, graph=graph)
         self.values: dict[str, Any] = {}
         self.forms: set[tuple[str, str]] = set()
+        self.content: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with torch.random.fork_rng(devices=[]):
             made = super().run_node(n)
         self.values[n.name] = made
+        if not isinstance(made, (Tensor, nn.Module, tuple)):
+            self.content[n.name] = content_of(made)
         if n.op == "call_module" and next(self.module.get_submodule(str(n.target)).parameters(), None) is None:
             for one in n.all_input_nodes:
                 if isinstance(self.env[one], Tensor) and self.env[one].is_floating_point():
@@ -230,7 +236,7 @@ class _Values(fx.Interpreter):
         return made
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        made = super().call_function(target, args, kwargs)
+        made = super().call_function(target, _mutable(args), _mutable(kwargs))
         return args[0] if target is operator.setitem else made
 
     def _on_other_content(self, call: fx.Node, changed: fx.Node) -> Any:
@@ -239,6 +245,15 @@ class _Values(fx.Interpreter):
 
         args, kwargs = fx.node.map_arg((call.args, call.kwargs), value)
         return self.call_module(str(call.target), args, kwargs)
+
+
+def _mutable(value: Any) -> Any:
+    """Arguments as generated code would give them; a node's own can't be written to."""
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    return tuple(map(_mutable, value)) if type(value) is tuple else value
 
 
 def _equal(made: Any, again: Any) -> bool:
@@ -257,6 +272,20 @@ def _values(model: nn.Module, captured: ModuleGraph, bound: dict[str, Any], trai
         run = _Values(model, captured.graph)
         run.run(*(leaves[path] for path in captured.leaves), *captured.constants)
     return run
+
+
+def _check_objects(captured: ModuleGraph, run: _Values, parts: list[tuple[str, ...]]) -> None:
+    """Refuses an object that modules of several stages change: each stage has one of its own."""
+    for node in captured.graph.nodes:
+        readers = {str(user.target) for user in node.users if user.op == "call_module"}
+        stages = [k for k, names in enumerate(parts) if any(within(path, name) for path in readers for name in names)]
+        value = run.values.get(node.name)
+        if len(stages) > 1 and node.name in run.content and run.content[node.name] != content_of(value):
+            raise UnsupportedModelError(
+                f"Modules of the stages {', '.join(map(str, stages))} change one {type(value).__name__} "
+                f"({node.meta.get('source') or node.name}), and each stage would have another. Give an example in "
+                "which there is none: use_cache=False for the caches of transformers."
+            )
 
 
 def _facts(model: nn.Module, captured: ModuleGraph, run: _Values) -> ForwardFacts:

@@ -167,9 +167,9 @@ def _holds_states(result: Any) -> bool:
 
 
 def _as_sent(value: Any) -> Any:
-    if is_state(value):
-        value = value.streams if value.streams is not None else streams_of(value)
-    value = plain(value).contiguous()  # nothing else is sent
+    # Of the state itself, not of what it was made from: hooks (FSDP's) wait for its gradient.
+    value = streams_of(value) if is_state(value) else plain(value)
+    value = value.contiguous()  # nothing else is sent
     # Schedules detach in place what leaves a stage: a view does not allow it, and a parameter or what came in would be
     # detached for good.
     return torch.ops.aten._unsafe_view(value, value.shape) if value._is_view() or value.is_leaf else value

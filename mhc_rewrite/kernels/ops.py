@@ -407,6 +407,7 @@ def _keep_pre(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.save_for_backward(*tensors, raw, r)
     ctx.mark_non_differentiable(raw, r)
     ctx.options = iterations, kind
+    ctx.distributed = sharding.is_dtensor(tensors[0])
 
 
 def _pre_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -423,6 +424,9 @@ _PARAMETERS_LAST = 3  # phi, alpha, bias
 def _in_two_runs(ctx: Any, backward: Any, gradients: Outputs) -> tuple[Tensor | None, ...]:
     """The gradients of an operator. Where a schedule of a pipeline asks for those of the parameters in a later run, in
     which the same gradients come in, they are kept for it: they are small, and the state is not needed again."""
+    if ctx.distributed:  # of results that nobody used autograd has plain zeros
+        like = ctx.saved_tensors[0].new_zeros
+        gradients = tuple(g if sharding.is_dtensor(g) else like(g.shape, dtype=g.dtype) for g in gradients)
     kept, ctx.kept = getattr(ctx, "kept", None), None
     if kept is not None:
         came, made = kept

@@ -267,7 +267,8 @@ def _register_hook(state: StreamState, hook: Callable[[Tensor], Any]) -> Any:
 
     with torch._C.DisableTorchFunctionSubclass():
         if _is_memory(state) and not torch.compiler.is_compiling():
-            state.streams = state.as_subclass(Tensor)  # by the state itself, or the hook would not see it
+            with torch.enable_grad():  # whatever the mode is, by the state itself, or the hook would not see it
+                state.streams = state.as_subclass(Tensor)
         return state.register_hook(seen)
 
 

@@ -52,7 +52,8 @@ class Drawing:
         return dot(self._shown)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the file that the name's ending says: .svg, .html, .png or .dot.
+        """Writes the file that the name's ending says: .svg, .html, .png, .dot; or .json for Model Explorer, and beside
+        it one for each figure of the sites.
 
         Raises:
             DrawingError: another ending, a place that can't be written to, or a library that is not there.
@@ -74,11 +75,18 @@ def _png(drawing: Drawing, path: Path) -> None:
     save(drawing._shown, path)
 
 
+def _explorer(drawing: Drawing, path: Path) -> None:
+    from mhc_rewrite.insight.drawing.explorer import save
+
+    save(drawing.picture, path)
+
+
 FORMATS: dict[str, Callable[[Drawing, Path], Any]] = {
     ".svg": lambda drawing, path: path.write_text(drawing.svg() + "\n", encoding="utf-8"),
     ".html": lambda drawing, path: path.write_text(drawing.html(), encoding="utf-8"),
     ".png": _png,
     ".dot": lambda drawing, path: path.write_text(drawing.dot(), encoding="utf-8"),
+    ".json": _explorer,
 }
 
 

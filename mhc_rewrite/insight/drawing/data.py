@@ -214,6 +214,8 @@ class Picture:
         left_out = sum(site.excluded for site in sites)
         what = plural(len(sites) - left_out, "site") + (f" and {left_out} excluded" if left_out else "")
         state = "converted" if self.converted else "a plan: nothing is converted"
+        if config.n_streams == 1:
+            state = "one stream is the model as it is, and nothing would be rewritten"
         how = f"n = {config.streams_as_text()}, {config.connection}, init {config.init}" + ", static" * (
             not config.dynamic
         )

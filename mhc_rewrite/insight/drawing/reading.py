@@ -246,18 +246,23 @@ def _layer_key(layer: Layer) -> Hashable:
 
 def _pattern(run: tuple[Layer, ...], period: int) -> tuple[Layer, ...]:
     """What repeats, with the figures of the last of them (the first site of a stream keeps less), and with all that was
-    left alone anywhere in the run.
+    left alone anywhere in the run, each in its place.
     """
     pattern = []
     for place in range(period):
-        first, last = run[place], run[len(run) - period + place]
-        figures = iter([step.figures for step in last.steps if step.kind != "left alone"])
-        more = [
-            step for layer in run[place + period :: period] for step in layer.steps if step.kind == "left alone"
-        ]  # fmt: skip
-        steps = [
-            step if step.kind == "left alone" else dataclasses.replace(step, figures=next(figures))
-            for step in first.steps
-        ]
-        pattern.append(dataclasses.replace(first, steps=(*steps, *more)))
+        alike = run[place::period]
+        left: dict[int, list[Step]] = defaultdict(list)  # by the number of steps before it
+        for layer in alike:
+            at = 0
+            for step in layer.steps:
+                if step.kind == "left alone":
+                    left[at].append(step)
+                else:
+                    at += 1
+        own = [step for step in alike[0].steps if step.kind != "left alone"]
+        last = [step for step in alike[-1].steps if step.kind != "left alone"]
+        steps = [step for at in range(len(own) + 1) for step in (
+            *left[at], *(dataclasses.replace(own[k], figures=last[k].figures) for k in range(at, len(own))[:1])
+        )]  # fmt: skip
+        pattern.append(dataclasses.replace(alike[0], steps=tuple(steps)))
     return tuple(pattern)

@@ -146,22 +146,21 @@ def group_head(row: Row, at: Columns) -> Iterator[Mark]:
 
 
 def _links(picture: Picture, where: Page, sizes: list[tuple[float, float]]) -> Iterator[Mark]:
-    """From a stream's exit to the head of one that reads its result."""
-    for part in picture.parts:
-        for other in part.stream.reads:
-            (x0, y0), (x1, y1) = ((where.spots[k].x, where.spots[k].y) for k in (other, part.number))
-            width, height = sizes[other]
-            if y0 == y1 and x0 < x1:
-                lane = x1 - 22
-                yield line(
-                    "link",
-                    (x0 + width - 60, y0 + height - 8),
-                    (lane, y0 + height - 8),
-                    (lane, y1 + 12),
-                    (x1 - 8, y1 + 12),
-                )
-                yield line("link", (x1 - 14, y1 + 8), (x1 - 7, y1 + 12), (x1 - 14, y1 + 16))
-                yield Label(x0 + width - 64, y0 + height - 4, f"to stream {part.number}", "link text", "end")
+    """Below a stream's exit the streams that read its result; with a line to the one beside it."""
+    for number, (spot, (width, height)) in enumerate(zip(where.spots, sizes)):
+        readers = [part.number for part in picture.parts if number in part.stream.reads]
+        if not readers:
+            continue
+        x, y = spot.x + width - 60, spot.y + height - 8
+        yield Label(x - 4, y + 4, f"to stream {' and '.join(map(str, readers))}", "link text", "end")
+        following = where.spots[readers[0]]
+        if readers[0] == number + 1 and following.y == spot.y:
+            turn, top = following.x - 22, following.y + 12
+            yield line("link", (x, y), (turn, y), (turn, top), (following.x - 8, top))
+            yield line("link", (following.x - 14, top - 4), (following.x - 7, top), (following.x - 14, top + 4))
+        else:
+            yield line("link", (x, y), (x + 30, y))
+            yield line("link", (x + 24, y - 4), (x + 31, y), (x + 24, y + 4))
 
 
 def _foot(picture: Picture, where: Page) -> tuple[list[Block], float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -186,6 +187,19 @@ def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_while_tracing
+def optimizers_sum_shares() -> bool:
+    """Whether optimizers take a gradient that is each rank's share of a sum (`Partial`) for the sum.
+
+    In torch 2.11 AdamW squares the shares, of norms under SequenceParallel too. Nothing public tells; what came with
+    the mending is an argument of `DTensor.from_local`. Should that go, gradients of sites are summed in backward:
+    right, and a collective more for each.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return "grad_placements" in inspect.signature(DTensor.from_local).parameters
 
 
 class MadeWhileTracing:

@@ -20,6 +20,7 @@ from handmade.common import Kind
 from mhc_rewrite import HyperConnection, MHCConfig, mhcify
 from mhc_rewrite.distributed import SiteParallel
 from mhc_rewrite.sites.streams import shared_dropout, shared_dropout_module
+from mhc_rewrite.torch_private import optimizers_sum_shares
 from oracle import perturb
 from rank_cases import agree, gradients, whole
 from rank_cases_tensor import WIDTH, mesh
@@ -77,7 +78,7 @@ def sites_on_dtensors() -> None:
             with CommDebugMode() as seen:
                 result = model(streams)
                 result.sin().to_local().sum().backward()
-            if placement in [*map(Shard, of_tokens), Replicate()]:
+            if placement in [*map(Shard, of_tokens), Replicate()] and optimizers_sum_shares():
                 assert not seen.get_total_counts(), (given, placement, seen.get_comm_counts())
                 share = Replicate() if placement.is_replicate() else Partial()
                 assert {p.grad.placements for p in model.parameters() if p.grad is not None} == {(share,)}
@@ -127,6 +128,7 @@ def dropout_on_dtensors() -> None:
 
 
 def results_that_nobody_uses() -> None:
+    torch.manual_seed(1)
     X = torch.randn(2, 4, 4, WIDTH, dtype=torch.float64)
     alone, model = Sites(-1).mhc_0, parallelize_module(Sites(-1), mesh(), SiteParallel()).mhc_0
     alone.pre(X)[0].sin().sum().backward()

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhc_rewrite import HyperConnection, MHCConfig, load_sites, mhcify, save_sites
 from mhc_rewrite.distributed import SiteParallel, check_sites, shard_sites
+from mhc_rewrite.torch_private import optimizers_sum_shares
 from oracle import perturb
 from rank_cases import agree, gradients, refused, sites_of, whole
 
@@ -237,7 +238,9 @@ def counts() -> None:
         assert collectives(parallelize_module(converted(), mesh(), plan)) == {"all_reduce": 24}
     for local in (True, False):
         alone = parallelize_module(original(), mesh(), sequence_parallel(local))
-        assert collectives(spread(converted(), local)) == collectives(alone)
+        found = collectives(spread(converted(), local))
+        assert optimizers_sum_shares() or found.pop("all_reduce") == 3 * 2 * LAYERS
+        assert found == collectives(alone)
         assert sorted(collectives(alone).values()) == [18, 19]
 
 
@@ -256,6 +259,8 @@ def wrong_gradients_are_found() -> None:
     model = parallelize_module(converted(2), mesh(), {**sequence_parallel(True), "": WHOLE})
     run(model)
     refused(lambda: check_sites(model), "the gradient of layers.0.mhc_0.phi differs", "SiteParallel() of mhc_rewrite")
+    if not optimizers_sum_shares():  # they are summed by then
+        return
     model = parallelize_module(converted(2), mesh(), {**tensor_parallel(), "": SiteParallel()})
     run(model)
     refused(lambda: check_sites(model), "mhc_0.phi is to be summed over ranks that all", "sequence_sharded=False")

@@ -7,14 +7,23 @@ from pathlib import Path
 import pytest
 
 import ranks
+from mhc_rewrite.torch_private import optimizers_sum_shares
 
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "training": ["counts", "trains"],
-    "sites": ["tensor_parallel_alone", "wrong_gradients_are_found", "wrong_use_is_refused", "sites_keep_their_ways"],
+    "sites": [
+        "counts",
+        "tensor_parallel_alone",
+        "wrong_gradients_are_found",
+        "wrong_use_is_refused",
+        "sites_keep_their_ways",
+    ],
     "others": ["with_fsdp", "others_see_the_trunk"],
 }
+TRAINING = pytest.mark.skipif(
+    not optimizers_sum_shares(), reason="AdamW of torch 2.11 squares shares of a gradient's sum, of norms too"
+)
 DTENSORS = ["sites_on_dtensors", "results_that_nobody_uses", "kinds_on_dtensors", "dropout_on_dtensors"]
 COMPILED = ["trains_in_compiled_layers", "trains_compiled", "trains_by_inductor", "trains_by_mhc"]
 
@@ -28,6 +37,12 @@ def test_dtensors(tmp_path: Path) -> None:
     ranks.run("rank_cases_dtensor", *DTENSORS, folder=tmp_path)
 
 
+@TRAINING
+def test_training(tmp_path: Path) -> None:
+    ranks.run("rank_cases_tensor", "trains", folder=tmp_path)
+
+
+@TRAINING
 @pytest.mark.long
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled(case: str, tmp_path: Path) -> None:

@@ -424,9 +424,6 @@ _PARAMETERS_LAST = 3  # phi, alpha, bias
 def _in_two_runs(ctx: Any, backward: Any, gradients: Outputs) -> tuple[Tensor | None, ...]:
     """The gradients of an operator. Where a schedule of a pipeline asks for those of the parameters in a later run, in
     which the same gradients come in, they are kept for it: they are small, and the state is not needed again."""
-    if ctx.distributed:  # of results that nobody used autograd has plain zeros
-        like = ctx.saved_tensors[0].new_zeros
-        gradients = tuple(g if sharding.is_dtensor(g) else like(g.shape, dtype=g.dtype) for g in gradients)
     kept, ctx.kept = getattr(ctx, "kept", None), None
     if kept is not None:
         came, made = kept
@@ -436,7 +433,12 @@ def _in_two_runs(ctx: Any, backward: Any, gradients: Outputs) -> tuple[Tensor | 
         others = len(ctx.next_functions) - _PARAMETERS_LAST
         if same and not any(asked_for(ctx)[:others]):
             return *[None] * others, *made
-    made = backward(*gradients, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors
+    if ctx.distributed:  # of results that nobody used autograd has plain zeros
+        gradients = tuple(
+            g if sharding.is_dtensor(g) else saved[0].new_zeros(g.shape, dtype=g.dtype) for g in gradients
+        )
+    made = backward(*gradients, *saved, *ctx.options)
     if type(gradients[0]) is Tensor and not torch.is_grad_enabled() and runs_again() is not None:
         came = [(weakref.ref(gradient), gradient._version) for gradient in gradients]
         ctx.kept = came, made[-_PARAMETERS_LAST:]

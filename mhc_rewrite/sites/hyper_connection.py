@@ -16,7 +16,12 @@ from mhc_rewrite.kernels.reference import Coefficients
 from mhc_rewrite.kernels.sharding import is_dtensor
 from mhc_rewrite.sites import options, recompute
 from mhc_rewrite.sites.streams import collapse
-from mhc_rewrite.torch_private import KeepsPrecision, frees_parameters, inside_function_transform
+from mhc_rewrite.torch_private import (
+    KeepsPrecision,
+    frees_parameters,
+    inside_function_transform,
+    optimizers_sum_shares,
+)
 
 
 class Portable:
@@ -237,6 +242,8 @@ class HyperConnection(KeepsPrecision):
             SitesError: the parameters are one and the streams the other, and nobody said what follows for gradients.
         """
         mine: tuple[Any, ...] = self.phi, self.alpha, self.bias
+        if is_dtensor(self.bias) and not optimizers_sum_shares():  # a gradient passes through it as the sum
+            mine = tuple(p if p is None else p.redistribute(placements=p.placements) for p in mine)
         if is_dtensor(self.bias) == distributed:
             return mine
         if distributed or self.local_gradients is None:

@@ -90,9 +90,10 @@ ROWS = (
         "trains_in_compiled_layers", "trains_compiled",
     ),
     row(
-        "stages of two and of four, under GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBV and DualPipeV",
-        "gradients 1e-5, cut (B, T, n, C), evaluations of a site at most 2.5 a microbatch", PIPELINE, "stages_of_two",
-        "stages_of_four", figure="held; {two:.2f} and {four:.2f} evaluations",
+        "stages by `pipeline_stage`, `recompute=3`: GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBV, "
+        "DualPipeV",
+        "gradients 1e-5, cut (B, T, n, C), 2.5 evaluations a site and microbatch", PIPELINE, "schedules",
+        figure="gradients {gradients:.0e}, cut {sent}, {evaluations:.1f} evaluations",
     ),
     Row(
         "two stages, each sharded by FSDP2 over two of four processes", "gradients 1e-5", PIPELINE,

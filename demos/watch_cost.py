@@ -33,6 +33,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="That figures are taken from.")] = 128,
     rounds: Annotated[int, typer.Option(min=2, help="In each, both models make so many steps as EVERY says.")] = 15,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compiled", help='By the backend "mhc".')] = False,
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch on the CPU.")] = 1,
 ) -> None:
     """Time training steps with and without watching."""
@@ -42,7 +43,10 @@ def main(
     models = {"not watched": plain, "watched": copy.deepcopy(plain)}
     ids = torch.randint(256, (batch, length), device=device)
     with watch(models["watched"], every=every, tokens=tokens) as seen:
-        steps = {name: Step(model, ids, seen if name == "watched" else None) for name, model in models.items()}
+        seen.abandon()  # steps say themselves when they begin
+        steps = {
+            name: Step(model, ids, seen if name == "watched" else None, compiled) for name, model in models.items()
+        }
         taken: dict[str, list[list[float]]] = {name: [] for name in models}
         for _ in track(range(rounds + 1), "Training", console=Console(stderr=True), transient=True):
             for name, step in steps.items():
@@ -64,7 +68,8 @@ def main(
     sites = len(seen.header.sites)
     table.caption = (
         f"{layers} layers, width {width}, {sites} sites, {batch} x {length} tokens, {tokens} of them looked at; "
-        f"{device}, threads: {threads}, torch {torch.__version__}; medians of {rounds} rounds in turns. "
+        f"{device}, {'compiled, ' if compiled else ''}threads: {threads}, torch {torch.__version__}; "
+        f"medians of {rounds} rounds in turns. "
         f"Aim: at most {AIM:.0%}."
     )
     Console().print(table)
@@ -73,19 +78,23 @@ def main(
 class Step:
     """A training step, timed."""
 
-    def __init__(self, model: Any, ids: torch.Tensor, seen: Any) -> None:
-        self.model, self.ids, self.seen = model, ids, seen
+    def __init__(self, model: Any, ids: torch.Tensor, seen: Any, compiled: bool) -> None:
+        self.model = torch.compile(model, backend="mhc") if compiled else model
+        self.ids, self.seen, self.number = ids, seen, 0
         self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-4)
 
     def __call__(self) -> float:
         self.wait()
         began = time.perf_counter()
+        if self.seen is not None:
+            self.seen.begin(self.number)
         self.model(input_ids=self.ids, labels=self.ids).loss.backward()
         if self.seen is not None:
-            self.seen.step()
+            self.seen.end()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.wait()
+        self.number += 1
         return time.perf_counter() - began
 
     def wait(self) -> None:

@@ -10,17 +10,15 @@ import ranks
 
 pytestmark = pytest.mark.slow
 
-CASES = ["stages_of_two", "stages_of_four"]
-
 
 def test_two_processes(tmp_path: Path) -> None:
-    ranks.run("rank_cases_pipeline", *CASES, folder=tmp_path)
+    ranks.run("rank_cases_pipeline", "schedules", folder=tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["stages_without_recompute", "stages_without_sites"])
+@pytest.mark.parametrize("case", ["without_recompute", "without_sites", "cut_by_pipeline"])
 def test_further(case: str, tmp_path: Path) -> None:
-    ranks.run("rank_cases_pipeline", case, folder=tmp_path)
+    ranks.run("rank_cases_pipeline", case, folder=tmp_path, limit=300)
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ from handmade.layers import GPT, gpt_by_hand
 from handmade.vision import ResNet
 from mhc_rewrite import HyperConnection, ablate, mhcify, stream_lens
 from mhc_rewrite.errors import ConfigError, MHCError
+from mhc_rewrite.insight.ablation import eager
 from oracle import Streams
 
 N = 4
@@ -160,6 +161,24 @@ def test_ablation_of_a_compiled_model() -> None:
         with ablate(compiled, stream=1):
             assert not torch.allclose(compiled(IDS), whole, atol=1e-3)
         assert torch.equal(compiled(IDS), whole)
+
+
+@pytest.mark.slow
+def test_who_pauses_compiled_code_may_go_in_any_order() -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    first, second = eager(), eager()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert function(torch.ones(2)).sum() == 4 and not compiled
+    second.__exit__(None, None, None)
+    assert function(torch.ones(2)).sum() == 4 and len(compiled) == 1
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

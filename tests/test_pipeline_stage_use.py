@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from handmade.common import VOCABULARY, WIDTH, PreNorm, Stack, features, prenorm_by_hand
-from mhc_rewrite import HyperConnection, mhcify, unmhcify
+from mhc_rewrite import HyperConnection, mhcify, report, unmhcify
 from mhc_rewrite.distributed import pipeline_stage
 from mhc_rewrite.errors import MHCError, StreamError, UnsupportedModelError
 from oracle import Streams, perturb
@@ -87,9 +87,12 @@ OF_TRANSFORMERS: dict[str, tuple[Callable[[], Any], list[list[str]], list[str]]]
 
 @pytest.mark.parametrize("kind", OF_TRANSFORMERS)
 def test_transformers(kind: str) -> None:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
     build, parts, needed = OF_TRANSFORMERS[kind]
     torch.manual_seed(0)
     model = build().double().eval()
+    registry = dict(_CAN_RECORD_REGISTRY)
     tokens = torch.randint(64, (2, 6))
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, 4:] = 0
@@ -101,6 +104,7 @@ def test_transformers(kind: str) -> None:
     gradients = {name: g.clone() for name, g in grads(model).items()}
     model.zero_grad()
     stages = cut(model, parts, example)
+    assert dict(_CAN_RECORD_REGISTRY) == registry  # a dict whose class gives what is put into it another key
     assert isinstance(getattr(stages[1], parts[0][0].split(".")[0]), nn.Module)
     for name in needed:  # an error says which are missing, and the advice works
         given = {key: example[key] for key in needed if key != name}
@@ -112,18 +116,6 @@ def test_transformers(kind: str) -> None:
         torch.testing.assert_close(grads(model)[name], its, rtol=1e-10, atol=1e-14, msg=name)
     with pytest.raises(StreamError, match="one microbatch"):
         stages[0](tokens[:, :4], attention_mask=mask[:, :4])
-
-
-def test_registry_of_transformers_stays() -> None:
-    """A dict whose class gives what is put into it another key."""
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-
-    model = llama()
-    before = dict(_CAN_RECORD_REGISTRY)
-    example = {"input_ids": torch.randint(64, (2, 6)), "use_cache": False, "return_dict": False}
-    mhcify(model, example)
-    cut(model, OF_TRANSFORMERS["llama"][1], example)
-    assert dict(_CAN_RECORD_REGISTRY) == before
 
 
 # -- in use ------------------------------------------------------------------------------------------------------------
@@ -314,3 +306,30 @@ def test_the_streams_of_a_cut_differ() -> None:
     parts = [["tok", "layers.0"], ["layers.1", "layers.2", "layers.3", "head"]]
     sent = pipeline_stage(model, parts, 0, (TOKENS,))(TOKENS)[1]
     assert float((sent - sent.mean(-2, keepdim=True)).abs().max()) > 0.1
+
+
+def test_a_compiled_stage() -> None:
+    """As one graph, streams in and out."""
+    stage = pipeline_stage(decoder(), LAYERS, 1, (TOKENS,))
+    x = torch.randn(2, 5, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    results = []
+    for run in (stage, torch.compile(stage, backend="aot_eager", fullgraph=True)):
+        stage.zero_grad()
+        given = x.clone().requires_grad_()
+        out = run(given)
+        (out * torch.arange(WIDTH).cos()).exp().mean().backward()
+        results.append([out, given.grad, *grads(stage).values()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_copies_and_reports() -> None:
+    stages = cut(decoder(), LAYERS, (TOKENS,))
+    copies = copy.deepcopy(stages)
+    torch.testing.assert_close(copies[1](stages[0](TOKENS)), stages[1](stages[0](TOKENS)), rtol=0, atol=0)
+    assert copies[0].get_parameter("layers.0.mhc_0.phi") is not stages[0].get_parameter("layers.0.mhc_0.phi")
+    assert [str(report(stage)).split(":")[1].split(" in")[0] for stage in stages] == [
+        " 2 sites",
+        " 4 sites",
+        " 2 sites",
+    ]

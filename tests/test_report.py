@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import report_runs
 from mhc_rewrite.cli.main import app
 from mhc_rewrite.errors import RunFileError
-from mhc_rewrite.insight.watching.format import FIGURES, Scan, read
+from mhc_rewrite.insight.watching.format import FIGURES, Scan, SiteCall, read
 
 pytest.importorskip("numpy")
 pytest.importorskip("plotly")
@@ -129,6 +129,10 @@ def test_short_names() -> None:
     sites = report_runs.header(2).sites
     assert short_names(sites) == ["0.self_attn", "0.mlp", "1.self_attn", "1.mlp"]
     assert short_names(sites[:1]) == ["self_attn"]
+    names = ("encoder.block.0.layer.1.mhc_0", "decoder.block.3.layer.0.mhc_0", "norm.mhc_0")
+    assert short_names([SiteCall(0, name, k, "mlp" if k else "", 4, 8) for k, name in enumerate(names)]) == [
+        "encoder.0.1.mhc_0", "decoder.3.0.mlp (2)", "norm.mlp (3)",
+    ]  # fmt: skip
 
 
 def test_every_card_shows_figures_that_there_are() -> None:
@@ -168,6 +172,7 @@ def test_pictures_for_a_paper(run: Path, tmp_path: Path, some_cards: list[Card])
     assert all(file.read_bytes().startswith(b"%PDF") for file in (tmp_path / "pictures").glob("*.pdf"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_cards")
 def test_two_runs_of_other_models(run: Path, tmp_path: Path) -> None:
     other = report_runs.write(tmp_path / "run.jsonl", 2, 20)  # by the same name

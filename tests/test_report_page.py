@@ -208,11 +208,10 @@ def test_a_run_without_most_of_it(browser: Browser, written: Callable[..., Path]
         sample.update(loss=None, maps={"pre": [None] * 8, "post": [None] * 8, "res": [None] * 8}, composite=[None])
         sample["figures"] = {"rank": sample["figures"]["rank"]}
 
-    for samples in (1, 4):
-        there = browser.open(written("little", made(f"run{samples}", tmp_path, samples=samples, change=change)))
-        until(there, ALL)
-        sound(there)
-        assert "The run holds no loss." in there.evaluate("document.body.innerText")
+    there = browser.open(written("little", made("run", tmp_path, samples=4, change=change)))
+    until(there, ALL)
+    sound(there)
+    assert "The run holds no loss." in there.evaluate("document.body.innerText")
 
 
 def test_a_single_sample(browser: Browser, written: Callable[..., Path], tmp_path: Path) -> None:
@@ -234,6 +233,7 @@ def test_it_prints_in_ink_on_white(browser: Browser, written: Callable[..., Path
     assert there.errors == []
 
 
+@pytest.mark.long
 def test_a_long_run_opens_at_once(browser: Browser, written: Callable[..., Path], tmp_path: Path) -> None:
     """100,000 samples. Three seconds on a machine that does nothing else; here others may be at work."""
     run = shown(report_runs.write_many(tmp_path / "run.jsonl", 100_000))

@@ -144,6 +144,20 @@ def test_dead_mappings() -> None:
     assert watched(model(learn=("pre", "post")))["dead"]["res"] == [], "what is not to learn is not dead"
 
 
+def test_no_gradients_are_no_dead_mappings() -> None:
+    converted = model()
+    with watch(converted) as seen:
+        loss_of(converted(features(3, 5, WIDTH))).backward()
+        converted.zero_grad()
+        seen.step()
+    assert seen.line is not None and not any(seen.line["dead"].values())
+    assert seen.line["notes"] == ["no parameter of a site has a gradient: step belongs between backward and zero_grad"]
+    for site in sites(converted):
+        site.requires_grad_(False)
+    line = watched(converted)
+    assert "notes" not in line and not any(line["dead"].values()), "frozen ones have none to have"
+
+
 def test_the_optimizers_epsilon_decides() -> None:
     converted = model()
     wide = torch.optim.Adam(converted.parameters(), eps=1e3)

@@ -95,6 +95,17 @@ def test_the_end(error: Exception | None, end: str, tmp_path: Path) -> None:
     assert read(tmp_path / "run.jsonl").end == end
 
 
+def test_nothing_comes_behind_the_end(tmp_path: Path) -> None:
+    converted = model()
+    with watch(converted, every=1, to=tmp_path / "run.jsonl") as seen:
+        loss_of(converted(X)).backward()
+        seen.step()
+    seen.begin(1)
+    loss_of(converted(X)).backward()
+    with pytest.raises(RunFileError, match="has its end: to go on, watch anew"):
+        seen.step()
+
+
 def test_a_line_that_is_cut_off_is_on_its_way(tmp_path: Path) -> None:
     file = watched_runs.write(tmp_path / "run.jsonl", 3, 4, end=None)
     whole = file.read_bytes()

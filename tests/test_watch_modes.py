@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torchvision_operators import define_torchvision_operators
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -113,6 +117,30 @@ def test_kinds(kind: str) -> None:
     for name, row in line["figures"].items():
         unknown = {number for number, value in enumerate(row) if value is None}
         assert unknown <= (first if name in ("state_gradient", "trunk_gradient") else set()), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", sorted(set(BY_NAME) - set(KINDS)))
+def test_gradients_are_the_same_to_the_last_bit(kind: str) -> None:
+    found = BY_NAME[kind]
+    converted = mhcify(found.model(), found.arguments(), **found.options)
+    oracle.perturb(converted)
+
+    def gradients(seen: Any = None) -> list[Tensor | None]:
+        converted.zero_grad()
+        args = found.arguments()
+        results = [x for x in tree_leaves(converted(*args)) if isinstance(x, Tensor) and x.requires_grad]
+        sum(x.sin().mean() for x in results).backward()  # type: ignore[union-attr]
+        if seen is not None:
+            seen.step()
+        return [p.grad for p in (*converted.parameters(), *(x for x in args if x.is_floating_point()))]
+
+    expected = [None if gradient is None else gradient.clone() for gradient in gradients()]
+    with watch(converted, tokens=1000) as seen:
+        same = gradients(seen)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(same, expected, strict=True))  # type: ignore[arg-type]
+    line: Any = seen.line
+    assert len(line["composite"]) == len(found.streams) and None not in line["composite"] and "notes" not in line
 
 
 def test_a_layer_that_is_called_several_times_has_figures_for_each_call() -> None:
@@ -248,6 +276,31 @@ def test_trainers_reporters_get_the_figures(tmp_path: Path) -> None:
     watch(converted).attach(trainer)
     trainer.train()
     assert any("mhc/dead_mappings" in logs for logs in Reporter.got)
+
+
+def test_adapters() -> None:
+    import peft
+
+    options = peft.LoraConfig(target_modules=["query"], r=2, modules_to_save=["mhc_0", "mhc_1"])
+    adapted = peft.get_peft_model(small_bert(), options)
+    ids = torch.randint(3, 64, (2, 7))
+    with watch(adapted) as seen:
+        adapted(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        seen.step()
+    line: Any = seen.line
+    assert None not in line["figures"]["phi_post_gradient"] and line["loss"] is not None and "notes" not in line
+
+
+@pytest.mark.slow
+def test_the_demo_of_its_cost(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "demos" / "watch_cost.py"
+    small = "--layers 1 --width 32 --batch 2 --length 16 --rounds 2 --every 2".split()
+    environment = {**os.environ, "PYTHONPATH": str(demo.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(demo), *small], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "more in a sampled step" in done.stdout and "2 sites" in done.stdout.replace("\n", " ")
 
 
 def test_lightning(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def pipeline_stage(
     stage = Stage(programs)
     _fill(stage, model, parts[index], list(programs.values()))
     _check_tied(stage, model)
-    remember(stage, Conversion(conversion.plan, conversion.carriers, conversion.compared))
+    remember(stage, _part_of(conversion, stage))
     return stage.train(model.training)
 
 
@@ -345,6 +345,18 @@ def _fill(stage: Stage, model: nn.Module, names: tuple[str, ...], programs: list
             place.add_module(name, value)
         else:
             setattr(place, name, value)
+
+
+def _part_of(conversion: Conversion, stage: nn.Module) -> Conversion:
+    """What the stage knows of the conversion: the sites that it holds, for reports."""
+    there = {name for name, _ in stage.named_modules()}
+    streams = [
+        replace(stream, sites=tuple(s for s in stream.sites if s.holder in there), reads=())
+        for stream in conversion.plan.streams
+    ]
+    plan = replace(conversion.plan, streams=tuple(stream for stream in streams if stream.sites))
+    carriers = {name: wiring for name, wiring in conversion.carriers.items() if name in there}
+    return Conversion(plan, carriers, conversion.compared)
 
 
 def _way_to(stage: nn.Module, model: nn.Module, path: str) -> nn.Module:

@@ -52,6 +52,8 @@ class Passing:
         if self.stream is None or not isinstance(value, Tensor):
             return value
         channel_dim, number, turns = self.stream
+        if torch.compiler.is_dynamo_compiling():
+            value = value.view_as(value)  # no input of the frame, of whose class there would be guards
         return state(value, channel_dim, "mean", number, turns)
 
 
@@ -169,7 +171,7 @@ def _holds_states(result: Any) -> bool:
 def _as_sent(value: Any) -> Any:
     # Of the state itself, not of what it was made from: hooks (FSDP's) wait for its gradient.
     value = streams_of(value) if is_state(value) else plain(value)
-    value = value.contiguous()  # nothing else is sent
-    # Schedules detach in place what leaves a stage: a view does not allow it, and a parameter or what came in would be
-    # detached for good.
-    return torch.ops.aten._unsafe_view(value, value.shape) if value._is_view() or value.is_leaf else value
+    # Nothing else is sent; and schedules detach in place what leaves a stage. A view does not allow it, and a parameter
+    # or what came in would be detached for good.
+    value = value.contiguous()
+    return torch.ops.aten._unsafe_view(value, value.shape)

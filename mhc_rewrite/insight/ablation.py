@@ -67,10 +67,26 @@ def ablate(
         yield
 
 
-def eager() -> contextlib.AbstractContextManager[Any]:
-    """Inside, compiled code is paused: it knows of no hooks that came later."""
-    compiled = "torch._dynamo" in sys.modules  # which nothing can be compiled without
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+class _Paused:
+    times = 0
+    stance: Any = None
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Inside, compiled code is paused: it knows of no hooks that came later. Whoever pauses it may go in any order."""
+    if "torch._dynamo" not in sys.modules:  # which nothing can be compiled without
+        yield
+        return
+    if not _Paused.times:
+        _Paused.stance = torch.compiler.set_stance("force_eager")
+    _Paused.times += 1
+    try:
+        yield
+    finally:
+        _Paused.times -= 1
+        if not _Paused.times:
+            _Paused.stance.__exit__(None, None, None)
 
 
 def _chosen(model: nn.Module, plan: RewritePlan, sites: str | Sequence[str] | None) -> list[HyperConnection]:

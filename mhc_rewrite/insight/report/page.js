@@ -57,6 +57,8 @@ function colours(low) {  // of a heat map: from nothing to much; on both sides o
 
 const range = (low, high) => low < 0 ? [-Math.max(-low, high), Math.max(-low, high)] : [low, high];
 const faint = colour => colour + "26";
+// On paper the width of a page of A4, whatever the window's.
+const room = place => paper ? Math.min(680, place.clientWidth || 680) : place.clientWidth || 600;
 const CONFIG = {displayModeBar: false, responsive: false, showTips: false};
 
 // -- lines over the steps ---------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ function legend(place, keys) {  // above the lines, where it may take as many ro
 }
 
 // The steps of the lines stand over those of the heat map below.
-const aligned = place => place.clientWidth < 480 ? {l: 62, r: 58} : {l: 104, r: 72};
+const aligned = place => room(place) < 480 ? {l: 62, r: 58} : {l: 104, r: 72};
 const first = Math.min(...runs.map(run => run.spans[0])), last = Math.max(...runs.map(run => run.last));
 const STEPS = last > first ? [first, last] : [first - 1, first + 1];
 
@@ -130,8 +132,10 @@ function ticks(sites, most, letters = 16) {  // some of the sites by name, those
   return {tickvals: at, ticktext: at.map(k => clipped(sites[k].short, letters))};
 }
 
-const clipped = (text, letters) => text.length <= letters ? text
-  : text.slice(0, Math.ceil(letters / 2) - 1) + "…" + text.slice(-Math.floor(letters / 2));
+function clipped(text, letters) {  // its words cut short, as far as that is enough
+  for (let left = 12; left > 2 && text.length > letters; left--) text = text.split(".").map(word => word.slice(0, left)).join(".");
+  return text.length <= letters ? text : text.slice(0, Math.ceil(letters / 2) - 1) + "…" + text.slice(-Math.floor(letters / 2));
+}
 
 function borders(sites, way) {  // a line where another stream of sites begins
   const {soft} = look();
@@ -162,7 +166,7 @@ function grid(place) {
     margin: {...aligned(place), t: two ? 24 : 6, b: 8},
     xaxis: {title: {text: "step", standoff: 4, font: {color: shown.soft, size: 11}}, showgrid: false, range: STEPS},
     yaxis: {autorange: "reversed", showgrid: false, zeroline: false, automargin: false,
-      ...ticks(sites, Math.max(4, (height - 60) / 15), place.clientWidth < 480 ? 8 : 16)}})];
+      ...ticks(sites, Math.max(4, (height - 60) / 15), room(place) < 480 ? 8 : 16)}})];
 }
 
 function bar(log, low, high) {  // values beside the colours, where z are their logarithms
@@ -204,7 +208,7 @@ function places(run, key) {  // where each site's numbers begin in a row
 
 function tiles(place) {  // H_res of all sites, each a square, in the order of their calls
   const run = runs[place.dataset.run], most = Math.max(...run.sites.map(site => site.n)), shown = look();
-  const row = unpack(run.maps.res)[moment(run)], at = places(run, "res"), width = place.clientWidth || 600;
+  const row = unpack(run.maps.res)[moment(run)], at = places(run, "res"), width = room(place);
   const labels = run.sites.map((site, k) => run.sites.length <= 48 ? clipped(site.short, 16) : String(k + 1));
   const letters = Math.max(...labels.map(label => label.length));
   let cell, across, gap;
@@ -233,8 +237,8 @@ function tiles(place) {  // H_res of all sites, each a square, in the order of t
 
 function composite(place) {
   const run = runs[place.dataset.run], found = run.composites[moment(run)] || [], shown = look();
-  const size = Math.max(60, Math.min(230, (place.clientWidth || 600) / Math.max(1, Math.min(found.length, 4)) - 30));
-  const there = found.map((one, k) => [one, k]).filter(([one]) => one), across = Math.max(1, Math.floor((place.clientWidth || 600) / (size + 30)));
+  const size = Math.max(60, Math.min(230, room(place) / Math.max(1, Math.min(found.length, 4)) - 30));
+  const there = found.map((one, k) => [one, k]).filter(([one]) => one), across = Math.max(1, Math.floor(room(place) / (size + 30)));
   const down = Math.max(1, Math.ceil(there.length / across)), wide = across * (size + 30), high = down * (size + 26);
   const made = {height: high, width: wide, margin: {l: 0, r: 0, t: 0, b: 0}, annotations: [], showlegend: false};
   const traces = there.map(([one, stream], k) => {
@@ -261,7 +265,7 @@ function depth(place) {  // H_pre or H_post: streams by sites
   return [[heat({z, text, y: [...Array(most).keys()].map(k => k + 1), xgap: few ? 1 : 0, ygap: 1,
     hovertemplate: "%{text}, stream %{y}<extra></extra>"}, key)], layout({height: 20 * most + 90, margin: {l: 8, r: 8, t: 4, b: 8},
     shapes: borders(run.sites, "x"),
-    xaxis: {showgrid: false, tickangle: 0, ...ticks(run.sites, Math.max(2, (place.clientWidth || 600) / 80))},
+    xaxis: {showgrid: false, tickangle: 0, ...ticks(run.sites, Math.max(2, room(place) / 105))},
     yaxis: {autorange: "reversed", showgrid: false, dtick: most > 8 ? 4 : 1, title: {text: "stream", standoff: 6, font: {color: look().soft, size: 11}}}})];
 }
 
@@ -291,7 +295,7 @@ function draw(place) {
     place.textContent = "The run holds no loss.";
     return;
   }
-  made[1].width = made[1].width || place.clientWidth;
+  made[1].width = made[1].width || room(place);
   Plotly.react(place, made[0], made[1], CONFIG);
 }
 

@@ -303,15 +303,16 @@ def packed(values: Array, log: bool) -> dict[str, Any]:
 
 
 def short_names(sites: Sequence[SiteCall]) -> list[str]:
-    """Without what all names begin with, and with the block's name in place of the site's number."""
+    """Of a name the parts in which sites differ, and the block in place of the site's number."""
     parts = [site.name.split(".") for site in sites]
-    same = 0
-    while all(len(name) > same + 1 and name[same] == parts[0][same] for name in parts):
-        same += 1
+    at_place: dict[int, set[str]] = {}
+    for name in parts:
+        for place, part in enumerate(name[:-1]):
+            at_place.setdefault(place, set()).add(part)
     texts = []
     for site, name in zip(sites, parts):
-        own = name[same:]
-        if site.branch and re.fullmatch(r"mhc_\d+", own[-1]):
-            own = [*own[:-1], site.branch]
-        texts.append(".".join(own) + (f" ({site.call + 1})" if site.call else ""))
+        *rest, own = name
+        kept = [part for place, part in enumerate(rest) if len(at_place[place]) > 1]
+        last = site.branch if site.branch and re.fullmatch(r"mhc_\d+", own) else own
+        texts.append(".".join([*kept, last]) + (f" ({site.call + 1})" if site.call else ""))
     return texts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,12 +103,10 @@ class _Taken:
         self.notes: dict[str, tuple[int, int]] = {}
 
     def shown(self) -> Shown:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of nothing but nan the median is nan
-            for first, samples in self._some():
-                self._figures(first, samples)
-                for number, sample in enumerate(samples, first):
-                    self._others(number, sample)
+        for first, samples in self._some():
+            self._figures(first, samples)
+            for number, sample in enumerate(samples, first):
+                self._others(number, sample)
         scan, mean = self.scan, np.where(self.count > 0, self.sum / np.maximum(1, self.count), np.nan)
         there = {name: k for k, name in enumerate(self.names) if self.count[k].any()}
         grid = {name: self.largest[k] if any(part in name for part in _LARGEST) else mean[k]
@@ -134,11 +131,9 @@ class _Taken:
         rows = [[sample["figures"].get(name, nothing) for name in self.names] for sample in samples]
         values = np.array(rows, dtype="f8").swapaxes(0, 1)  # (figures, samples, sites); nan for None
         here = slice(first, first + len(samples))
-        self.over_sites[:, 0, here] = np.fmin.reduce(values, axis=-1)
-        self.over_sites[:, 1, here] = np.nanmedian(values, axis=-1)
-        self.over_sites[:, 2, here] = np.fmax.reduce(values, axis=-1)
-        spans, starts = np.unique(self.span_of[here], return_index=True)
         known = np.isfinite(values)
+        self.over_sites[..., here] = _over_sites(values, known.sum(axis=-1))
+        spans, starts = np.unique(self.span_of[here], return_index=True)
         self.largest[:, spans] = np.fmax(self.largest[:, spans], np.fmax.reduceat(values, starts, axis=1))
         self.sum[:, spans] += np.add.reduceat(np.where(known, values, 0), starts, axis=1)
         self.count[:, spans] += np.add.reduceat(known.astype("i4"), starts, axis=1)
@@ -166,6 +161,16 @@ class _Taken:
         if value is None:
             return None
         return np.array(value, "f4").reshape((n, n) if mapping == "res" else (n,))
+
+
+def _over_sites(values: Array, count: Array) -> Array:
+    """The smallest, the median and the largest of what is known, (figures, 3, samples); numpy's is slow with nan."""
+    ordered = np.sort(values, axis=-1)  # nan at the end
+
+    def at(place: Array) -> Array:
+        return np.take_along_axis(ordered, np.maximum(place, 0)[..., None], axis=-1)[..., 0]
+
+    return np.stack([at(0 * count), (at((count - 1) // 2) + at(count // 2)) / 2, at(count - 1)], axis=1)
 
 
 def _matrix(found: dict[str, Any] | None) -> Array | None:

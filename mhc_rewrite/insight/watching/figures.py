@@ -127,11 +127,15 @@ def sample(
     figures: dict[str, list[float | None]] = {name: [None] * count for name in FIGURES}
     maps: dict[str, list[list[float | None] | None]] = {name: [None] * count for name in MAPPINGS}
     dead: dict[str, list[int]] = {name: [] for name in MAPPINGS}
-    for number, one in seen.seen.items():
-        for name, value in _of_site(one).items():
-            figures[name][number] = value if isinstance(value, int) else short(value)
+    for numbers in _alike(seen.seen):
+        own = [seen.seen[number] for number in numbers]
+        for name, values in _of_sites(own).items():
+            for number, value in zip(numbers, values.tolist(), strict=True):
+                figures[name][number] = value if isinstance(value, int) else short(value)
         for name in MAPPINGS:
-            maps[name][number] = shorts(getattr(one, name).mean(0).flatten().tolist())
+            means = torch.stack([getattr(one, name) for one in own]).mean(1).flatten(1)
+            for number, mean in zip(numbers, means.tolist(), strict=True):
+                maps[name][number] = shorts(mean)
     for number, (state, trunk) in seen.gradients.items():
         figures["state_gradient"][number] = None if state is None else short(math.sqrt(state))
         figures["trunk_gradient"][number] = short(math.sqrt(trunk))
@@ -147,23 +151,35 @@ def sample(
     return {**line, "notes": list(notes)} if notes else line
 
 
-def _of_site(seen: Seen) -> dict[str, float]:
-    values = {**of_res(seen.res), **of_pre(seen.pre), **of_post(seen.post)}
-    if seen.after is not None:
-        values |= of_states(seen.after)
-    found = {name: float(values[name].mean()) for name in _MEANS if name in values}
+def _alike(seen: Mapping[int, Seen]) -> list[list[int]]:
+    """Sites whose figures can be taken together: of one, calling a function takes longer than its work."""
+    groups: dict[Any, list[int]] = {}
+    for number, one in seen.items():
+        groups.setdefault((one.res.shape, one.after is None), []).append(number)
+    return list(groups.values())
+
+
+def _of_sites(seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """By figure, its value at each site."""
+    pre, post, res = (torch.stack([getattr(one, name) for one in seen]) for name in MAPPINGS)
+    values = {**of_res(res), **of_pre(pre), **of_post(post)}
+    found = {}
+    after = [one.after for one in seen if one.after is not None]
+    if after:
+        values |= of_states(torch.stack(after))
+        found["spread"] = (values["apart"].sum(-1) / values["mean"].sum(-1)).sqrt()
+    found |= {name: values[name].mean(-1) for name in _MEANS if name in values}
     for name in _QUANTILES:
         found |= quantiles(name, values[name])
-    modes = torch.bincount(values["pre_argmax"], minlength=seen.pre.shape[-1])
-    found["pre_argmax"], found["pre_argmax_share"] = int(modes.argmax()), float(modes.max() / modes.sum())
-    if seen.after is not None:
-        found["spread"] = float((values["apart"].sum() / values["mean"].sum()).sqrt())
+    modes = torch.nn.functional.one_hot(values["pre_argmax"], pre.shape[-1]).sum(-2)
+    found["pre_argmax"], found["pre_argmax_share"] = modes.argmax(-1), modes.amax(-1) / modes.sum(-1)
     return found
 
 
-def quantiles(name: str, values: Tensor) -> dict[str, float]:
+def quantiles(name: str, values: Tensor) -> dict[str, Tensor]:
     """The median over tokens, and the rare one."""
-    return {name: float(values.quantile(0.5)), f"{name}_99": float(values.quantile(RARE))}
+    middle, rare = values.quantile(torch.tensor([0.5, RARE], dtype=values.dtype), dim=-1)
+    return {name: middle, f"{name}_99": rare}
 
 
 def _composite(
@@ -174,9 +190,9 @@ def _composite(
     if not called or len({(seen.seen[k].tokens, len(seen.seen[k].res)) for k in called}) > 1:
         return None
     forward, backward, whole = composites([seen.seen[number].res for number in called])
-    for number, there, back in zip(called, forward, backward, strict=True):
-        for name, gain in (("composite_forward", there), ("composite_backward", back)):
-            for key, value in quantiles(name, gain).items():
+    for name, gains in (("composite_forward", forward), ("composite_backward", backward)):
+        for key, values in quantiles(name, torch.stack(gains)).items():
+            for number, value in zip(called, values.tolist(), strict=True):
                 figures[key][number] = short(value)
     mean = whole.mean(0)
     return {"map": shorts(mean.flatten().tolist()), "shape": list(mean.shape)}

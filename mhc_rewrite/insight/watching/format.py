@@ -60,7 +60,7 @@ FIGURES = {
     "column_error_99": "the same, 99 % quantile over tokens",
     "from_identity": "H_res: Frobenius norm of its difference from I",
     "from_uniform": "H_res: Frobenius norm of its difference from the matrix of 1/n",
-    "second_singular": "H_res: its second singular value",
+    "second_singular": "H_res: its second singular value, of at most 32 tokens",
     "forward_gain": "H_res: the largest absolute row sum, median over tokens",
     "forward_gain_99": "the same, 99 % quantile over tokens",
     "backward_gain": "H_res: the largest absolute column sum, median over tokens",
@@ -79,7 +79,7 @@ FIGURES = {
     "spread": "how far streams are apart after the site: rms of their differences from their mean, over the mean's rms",
     "dominant": "the largest stream's share of the sum of squares after the site: 1/n where all are as large",
     "rank": "effective rank of the streams after the site, the exponential of the entropy of their singular values' "
-    "shares: 1 where all are equal, n where they are orthogonal and as large",
+    "shares: 1 where all are equal, n where they are orthogonal and as large; of at most 32 tokens",
     "state_gradient": "norm of the gradient of the state that the site reads, over all streams and tokens; null "
     "at a stream's entry, where the streams are one tensor",
     "trunk_gradient": "norm of the sum of that gradient over the streams: the trunk's",
@@ -342,6 +342,13 @@ class Writer:
         return there
 
     def write(self, line: dict[str, Any]) -> None:
+        """Adds a line.
+
+        Raises:
+            RunFileError: the run has ended.
+        """
+        if self._open.closed:
+            raise RunFileError(f"{self.file} has its end: to go on, watch anew with resume=True.")
         if self._header is not None:
             header, self._header = self._header, None
             self.write(header.to_dict())

@@ -1,4 +1,4 @@
-"""What is told of sites, as formulas over the coefficients and states of some tokens. Leading axes are any."""
+"""What is told of sites, as formulas over the coefficients and states of some tokens, the last of any leading axes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mhc_rewrite.sites.streams import shares
 
 __all__ = ["composites", "errors", "gains", "of_post", "of_pre", "of_res", "of_states", "products", "state_products"]
 
+FEW = 32  # tokens of which singular values are taken
+
 
 def of_res(res: Tensor) -> dict[str, Tensor]:
     """Of H_res (..., n, n) by token."""
@@ -24,7 +26,7 @@ def of_res(res: Tensor) -> dict[str, Tensor]:
         "column_error": column,
         "from_identity": (res - torch.eye(n, dtype=res.dtype)).flatten(-2).norm(dim=-1),
         "from_uniform": (res - 1 / n).flatten(-2).norm(dim=-1),
-        "second_singular": _where_finite(lambda H: torch.linalg.svdvals(H)[..., 1], res),
+        "second_singular": _where_finite(lambda H: torch.linalg.svdvals(H)[..., 1], _few(res)),
         "forward_gain": forward,
         "backward_gain": backward,
     }
@@ -63,8 +65,13 @@ def of_states(product: Tensor) -> dict[str, Tensor]:
         "apart": differences.diagonal(dim1=-2, dim2=-1).mean(-1),
         "mean": mean,
         "dominant": squares.amax(-1) / squares.sum(-1),
-        "rank": _where_finite(_effective_rank, own),
+        "rank": _where_finite(_effective_rank, _few(own)),
     }
+
+
+def _few(matrices: Tensor) -> Tensor:
+    """Of so many tokens, as LAPACK takes them one by one."""
+    return matrices[..., :: -(-matrices.shape[-3] // FEW), :, :]
 
 
 def _effective_rank(products: Tensor) -> Tensor:

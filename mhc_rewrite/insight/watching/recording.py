@@ -251,7 +251,7 @@ class Watch:
         for site, numbers in self._sites.items():
             own: dict[str, tuple[Any, Any]] = {name: (next(found), next(found)) for name in gradients[site]}
             made |= dict.fromkeys(numbers, _by_mapping(site, own, self._settings["epsilon"]))
-        if not any(gradients.values()):
+        if not any(gradients.values()) and any(site.bias.requires_grad for site in self._sites):
             notes.append("no parameter of a site has a gradient: step belongs between backward and zero_grad")
         return made
 

@@ -119,7 +119,7 @@ def test_other_gradients_in_the_second_run(calls: Counter[str]) -> None:
 
 def test_a_gradient_that_was_written_to() -> None:
     site = HyperConnection(8)
-    perturb(site)
+    perturb(nn.ModuleDict({"mhc_0": site}))
     X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     u, mix = site.pre(X)
     outputs, parameters = (u, *mix), list(site.parameters())

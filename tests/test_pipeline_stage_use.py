@@ -116,6 +116,26 @@ def test_transformers(kind: str) -> None:
         torch.testing.assert_close(grads(model)[name], its, rtol=1e-10, atol=1e-14, msg=name)
     with pytest.raises(StreamError, match="one microbatch"):
         stages[0](tokens[:, :4], attention_mask=mask[:, :4])
+    if kind == "llama":  # whose mask is made in the dtype of the trunk, and added
+        with pytest.raises(StreamError, match=r"model.to\(torch.bfloat16\) before it"):
+            stages[1](torch.zeros(2, 6, 4, 32), attention_mask=mask)
+
+
+def test_another_dtype_where_nothing_is_made_in_one() -> None:
+    """A policy of mixed precision comes behind the cut."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+    example = {"input_ids": torch.randint(64, (2, 6)), "use_cache": False, "return_dict": False}
+    mhcify(model, example)
+    perturb(model)
+    stages = cut(model, OF_TRANSFORMERS["llama"][1], example)
+    model.to(torch.bfloat16)
+    found: Any = example["input_ids"]
+    for stage in stages:
+        found = stage(found)
+    torch.testing.assert_close(found[0], model(**example)[0], rtol=0, atol=0)
 
 
 # -- in use ------------------------------------------------------------------------------------------------------------

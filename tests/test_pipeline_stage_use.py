@@ -353,3 +353,28 @@ def test_copies_and_reports() -> None:
         " 4 sites",
         " 2 sites",
     ]
+
+
+def test_the_wire_in_bf16() -> None:
+    """Three cuts of eight layers, as docs/distributed.md has it: half the bytes, and this much of the gradients."""
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (8, 16))
+    model: Any = mhcify(Decoder(8), (tokens,))
+    perturb(model)
+    loss(model(tokens)).backward()
+    want = {name: g.clone() for name, g in grads(model).items()}
+    model.zero_grad()
+    layers = [[f"layers.{k}", f"layers.{k + 1}"] for k in (0, 2, 4, 6)]
+    stages = cut(model, [["tok_embeddings", *layers[0]], *layers[1:3], [*layers[3], "norm", "output"]], (tokens,))
+    for stage in stages[:-1]:
+        stage.register_forward_hook(lambda _, given, out: out.bfloat16())
+    for stage in stages[1:]:
+        stage.register_forward_pre_hook(lambda _, given: tuple(x.float() for x in given))
+    _, passed = in_stages(stages, (tokens,), {}, loss)
+    assert {(x.dtype, x.grad.dtype, x.shape[-2:]) for sent in passed for x in sent if x.grad is not None} == {
+        (torch.bfloat16, torch.bfloat16, (4, WIDTH))
+    }
+    norm = float(torch.stack([g.norm() for g in want.values()]).norm())
+    off = {name: float((grads(model)[name] - its).norm()) for name, its in want.items()}
+    assert 1e-5 < float(torch.tensor(list(off.values())).norm()) / norm < 5e-4
+    assert max(off[name] / float(its.norm()) for name, its in want.items() if float(its.norm()) > 1e-3 * norm) < 3e-3

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, SplitPoint, pipeline
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import rank_cases
 from handmade.common import VOCABULARY, WIDTH
 from mhc_rewrite import mhcify
-from mhc_rewrite.distributed import check_sites, pipeline_stage, shard_sites
+from mhc_rewrite.distributed import SiteParallel, check_sites, pipeline_stage, shard_sites
 from mhc_rewrite.kernels import ops
 from oracle import perturb
 from rank_cases import SCHEDULES, agree, gradients, loss
-from stages import Decoder
+from stages import Decoder, in_stages
 
 DEVICE = torch.device("cpu")
 MICROBATCHES = 4
@@ -179,3 +181,24 @@ def with_fsdp() -> None:
         got = gradients(stage)
         agree(got, {name: its for name, its in want.items() if name in got})
         assert len(got) == len(list(stage.parameters()))
+
+
+def with_tensor_parallelism() -> None:
+    """Stages whose layers are spread over both processes, one after another in each of them."""
+    model = decoder(recompute=3)
+    value = loss(model(tokens(2), masks(2)))
+    value.backward()
+    want = {name: g.clone() for name, g in gradients(model).items()}
+    model.zero_grad()
+    stages = [pipeline_stage(model, IN_TWO, index, EXAMPLE) for index in (0, 1)]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for stage in stages:
+        styles = {"layers.*.mlp.up": ColwiseParallel(), "layers.*.mlp.down": RowwiseParallel()}
+        parallelize_module(stage, mesh, {"": SiteParallel(sequence_sharded=False), **styles})
+    assert all(isinstance(p, DTensor) for stage in stages for name, p in stage.named_parameters() if ".mhc_" in name)
+    found, _ = in_stages(stages, (tokens(2),), {"mask": masks(2)}, loss)
+    torch.testing.assert_close(found, value.detach(), rtol=1e-5, atol=0)
+    got = {name: g for stage in stages for name, g in gradients(stage).items()}
+    agree(got, want)
+    for stage in stages:
+        check_sites(stage)

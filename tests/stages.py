@@ -102,8 +102,11 @@ class Embedded(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.tok(tokens) + self.positions[: tokens.shape[1]]
         h = F.dropout(h, self.dropout, self.training)
+        keep = F.dropout(
+            torch.ones(tokens.shape, dtype=h.dtype), self.dropout, self.training
+        )  # the same for all layers
         for layer in self.layers:
-            h = layer(h, self.gain)
+            h = layer(h, self.gain, keep)
         return self.head(F.dropout(h * self.scale, self.dropout, self.training))
 
 

@@ -16,7 +16,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["without_recompute", "without_sites", "cut_by_pipeline"])
+@pytest.mark.parametrize("case", ["without_recompute", "without_sites", "cut_by_pipeline", "with_tensor_parallelism"])
 def test_further(case: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_pipeline", case, folder=tmp_path, limit=300)
 

@@ -67,11 +67,11 @@ CUTS: dict[str, Cut] = {
         Decoder, lambda: (tokens(),), LAYERS, [[WIDE], [WIDE]], tolerance=0.02, dtype=torch.bfloat16),
     "the root's own parameters": Cut(
         Embedded, lambda: (tokens(),), [["tok", "layers.0"], ["layers.1", "layers.2"], ["layers.3"], ["head"]],
-        [[(WIDTH,), WIDE], [(WIDTH,), WIDE], [NARROW]]),
+        [[(2, 5), (WIDTH,), WIDE], [(2, 5), (WIDTH,), WIDE], [NARROW]]),
     "dropout": Cut(
         lambda: Embedded(0.3), lambda: (tokens(),),
         [["tok"], ["layers.0", "layers.1", "layers.2"], ["layers.3", "head"]],
-        [[NARROW, (WIDTH,)], [(WIDTH,), WIDE]]),
+        [[NARROW, (2, 5), (WIDTH,)], [(2, 5), (WIDTH,), WIDE]]),
     "tuples, what all read, what comes back": Cut(
         WithBalance, lambda: (tokens(),), [["tok", "layers.0"], ["layers.1"], ["layers.2", "layers.3"], ["head"]],
         [[NARROW, WIDE, ()], [NARROW, WIDE, ()], [NARROW, ()]]),

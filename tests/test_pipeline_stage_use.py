@@ -116,6 +116,26 @@ def test_transformers(kind: str) -> None:
         torch.testing.assert_close(grads(model)[name], its, rtol=1e-10, atol=1e-14, msg=name)
     with pytest.raises(StreamError, match="one microbatch"):
         stages[0](tokens[:, :4], attention_mask=mask[:, :4])
+    if kind == "llama":  # whose mask is made in the dtype of the trunk, and added
+        with pytest.raises(StreamError, match=r"model.to\(torch.bfloat16\) before it"):
+            stages[1](torch.zeros(2, 6, 4, 32), attention_mask=mask)
+
+
+def test_another_dtype_where_nothing_is_made_in_one() -> None:
+    """A policy of mixed precision comes behind the cut."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+    example = {"input_ids": torch.randint(64, (2, 6)), "use_cache": False, "return_dict": False}
+    mhcify(model, example)
+    perturb(model)
+    stages = cut(model, OF_TRANSFORMERS["llama"][1], example)
+    model.to(torch.bfloat16)
+    found: Any = example["input_ids"]
+    for stage in stages:
+        found = stage(found)
+    torch.testing.assert_close(found[0], model(**example)[0], rtol=0, atol=0)
 
 
 # -- in use ------------------------------------------------------------------------------------------------------------
@@ -304,7 +324,7 @@ def test_the_streams_of_a_cut_differ() -> None:
     model = mhcify(Embedded(), (TOKENS,))
     perturb(model)
     parts = [["tok", "layers.0"], ["layers.1", "layers.2", "layers.3", "head"]]
-    sent = pipeline_stage(model, parts, 0, (TOKENS,))(TOKENS)[1]
+    sent = pipeline_stage(model, parts, 0, (TOKENS,))(TOKENS)[-1]
     assert float((sent - sent.mean(-2, keepdim=True)).abs().max()) > 0.1
 
 
@@ -333,3 +353,28 @@ def test_copies_and_reports() -> None:
         " 4 sites",
         " 2 sites",
     ]
+
+
+def test_the_wire_in_bf16() -> None:
+    """Three cuts of eight layers, as docs/distributed.md has it: half the bytes, and this much of the gradients."""
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (8, 16))
+    model: Any = mhcify(Decoder(8), (tokens,))
+    perturb(model)
+    loss(model(tokens)).backward()
+    want = {name: g.clone() for name, g in grads(model).items()}
+    model.zero_grad()
+    layers = [[f"layers.{k}", f"layers.{k + 1}"] for k in (0, 2, 4, 6)]
+    stages = cut(model, [["tok_embeddings", *layers[0]], *layers[1:3], [*layers[3], "norm", "output"]], (tokens,))
+    for stage in stages[:-1]:
+        stage.register_forward_hook(lambda _, given, out: out.bfloat16())
+    for stage in stages[1:]:
+        stage.register_forward_pre_hook(lambda _, given: tuple(x.float() for x in given))
+    _, passed = in_stages(stages, (tokens,), {}, loss)
+    assert {(x.dtype, x.grad.dtype, x.shape[-2:]) for sent in passed for x in sent if x.grad is not None} == {
+        (torch.bfloat16, torch.bfloat16, (4, WIDTH))
+    }
+    norm = float(torch.stack([g.norm() for g in want.values()]).norm())
+    off = {name: float((grads(model)[name] - its).norm()) for name, its in want.items()}
+    assert 1e-5 < float(torch.tensor(list(off.values())).norm()) / norm < 5e-4
+    assert max(off[name] / float(its.norm()) for name, its in want.items() if float(its.norm()) > 1e-3 * norm) < 3e-3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from handmade.common import MLP, WIDTH, Attention, Stack
-from mhc_rewrite import mhcify
+from mhc_rewrite import HyperConnection, mhcify
 from mhc_rewrite.kernels import ops
 from mhc_rewrite.sites.recompute import Handle, Segment
 from oracle import perturb
@@ -118,13 +118,16 @@ def test_other_gradients_in_the_second_run(calls: Counter[str]) -> None:
 
 
 def test_a_gradient_that_was_written_to() -> None:
-    module = model()
-    parameters = list(module.parameters())
-    x, value = forward(module)
-    gradient = torch.tensor(1.0)
-    torch.autograd.grad(value, x, gradient, retain_graph=True)
-    gradient.mul_(5)
-    found = torch.autograd.grad(value, parameters, gradient)
-    _, value = forward(module)
-    for mine, its in zip(found, torch.autograd.grad(value, parameters), strict=True):
+    site = HyperConnection(8)
+    perturb(nn.ModuleDict({"mhc_0": site}))
+    X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    u, mix = site.pre(X)
+    outputs, parameters = (u, *mix), list(site.parameters())
+    gradients = [torch.randn_like(output) for output in outputs]
+    torch.autograd.grad(outputs, X, gradients, retain_graph=True)
+    before = torch.autograd.grad(outputs, parameters, gradients, retain_graph=True)
+    torch.autograd.grad(outputs, X, gradients, retain_graph=True)
+    for gradient in gradients:
+        gradient.mul_(5)
+    for mine, its in zip(torch.autograd.grad(outputs, parameters, gradients), before, strict=True):
         torch.testing.assert_close(mine, 5 * its)

@@ -132,7 +132,8 @@ def _program(
     return Program(
         cut, compile_graph(cut.graph, f"stage of {type(model).__name__}"),
         tuple(_passing(node, values[node.name]) for node in cut.arriving), shape, tree_map(_form, bound),
-        captured.pinned or bool(captured.guards), captured.asks_dtype, reads, weakref.ref(model),
+        captured.pinned or bool(captured.guards), captured.asks_dtype and _names_dtypes(cut.graph), reads,
+        weakref.ref(model),
     )  # fmt: skip
 
 
@@ -190,6 +191,12 @@ def _late(graph: fx.Graph) -> fx.Graph:
         elif not waits(node):
             copy(node)
     return new
+
+
+def _names_dtypes(graph: fx.Graph) -> bool:
+    """Whether something is made in a floating dtype that the forward may have looked up: a mask to be added, say."""
+    values = [value for node in graph.nodes for value in tree_leaves((node.args, node.kwargs))]
+    return any(isinstance(value, torch.dtype) and value.is_floating_point for value in values)
 
 
 def _passing(node: fx.Node, value: Tensor) -> Passing:

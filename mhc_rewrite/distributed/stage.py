@@ -82,7 +82,8 @@ class Program:
         if model is not None and not holds(model, self.reads):
             raise StreamError(
                 "This stage was made from a forward that read attributes of the model, and one of them has changed "
-                "since. Make the stage anew, with pipeline_stage, behind such a change."
+                "since. Make the stage anew, with pipeline_stage, behind such a change; and leave a model of which "
+                "stages are in use as it is, or delete it as a whole."
             )
         taken = [passing.taken(value) for passing, value in zip(self.arriving, came, strict=True)]
         try:
@@ -156,7 +157,8 @@ class Program:
         return StreamError(
             f"{name!r} is {tuple(value.shape)} in {value.dtype}, and was {tuple(shape)} in {dtype} in the example that "
             "this stage was made with; the forward of the model asks for it. Give pipeline_stage an example of one "
-            "microbatch, behind the last change of the model's dtype."
+            "microbatch, and the model in the dtype that it computes in: model.to(torch.bfloat16) before it, where a "
+            "policy of mixed precision would come behind it."
         )
 
 

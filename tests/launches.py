@@ -196,9 +196,9 @@ def operators(
     state = (stream(streams, width),)
     branch = (*state, stream(width), number(tokens, N), number(tokens, N, N))
     parameters = (number(N * width, columns), number(3), number(columns))
-    kept = (number(tokens, columns), number(tokens, 1), "mhc", 20)
+    kept = (number(tokens, columns), number(tokens, 1), 20, "mhc")
     gradients = (stream(width), number(tokens, N), number(tokens, N, N))
-    options = ("mhc", 20, 1e-6, "")
+    options = (20, "mhc", 1e-6, "")
     calls: dict[str, tuple[Any, ...]] = {
         "pre": (*state, *parameters, *options),
         "post": (*branch, ""),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_rewrite import mhcify, report
+from mhc_rewrite.capture.held import copy_of, items_of, put_back
 from mhc_rewrite.errors import CaptureError
 from oracle import Streams, perturb, site_parameters
 
@@ -295,3 +296,32 @@ def test_a_table_that_makes_its_items() -> None:
         torch.testing.assert_close(model(x), by_hand(), rtol=1e-10, atol=1e-10)
     finally:
         TABLE["gelu"] = kept
+
+
+class Lowered(dict[str, int]):
+    """Stores under another key than it is given, as a registry of transformers does."""
+
+    def __setitem__(self, name: str, value: int) -> None:
+        super().__setitem__(name.lower() + "!", value)
+
+
+class MadeAnew(OrderedDict[str, int]):
+    def __getitem__(self, name: str) -> int:
+        return 2 * super().__getitem__(name)
+
+
+@pytest.mark.parametrize("kind", (Lowered, MadeAnew, OrderedDict, dict), ids=lambda kind: kind.__name__)
+def test_what_a_dict_held_is_put_back_as_it_held_it(kind: type[dict[str, int]]) -> None:
+    held = kind()
+    for name, value in (("A", 1), ("B", 2), ("C", 3)):
+        held[name] = value
+    if isinstance(held, OrderedDict):
+        held.move_to_end("A")
+    before = items_of(held)
+    copied = copy_of(held)
+    assert type(copied) is dict and list(copied.items()) == before
+    put_back(held, copied)
+    assert items_of(held) == before
+    held["D"] = 4
+    put_back(held, copied)
+    assert items_of(held) == before

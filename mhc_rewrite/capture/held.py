@@ -7,6 +7,7 @@ import enum
 import pickle
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,9 +61,26 @@ def is_plain(value: Any, depth: int = 0) -> bool:
     return isinstance(value, PLAIN_TYPES)
 
 
+def items_of(held: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """As the dict holds them: a class of its own may make what it gives out, or store under another key."""
+    return list(_own_kind(held).items(held))
+
+
+def _own_kind(held: dict[Any, Any]) -> Any:
+    return OrderedDict if isinstance(held, OrderedDict) else dict
+
+
+def copy_of(held: list[Any] | dict[Any, Any] | set[Any]) -> Any:
+    """What a list, a dict or a set holds, as a plain one."""
+    if isinstance(held, dict):
+        return dict(items_of(held))
+    kind: Any = list if isinstance(held, list) else set
+    return kind(kind.__iter__(held))
+
+
 def held_by(thing: Any) -> Iterator[Any]:
     if isinstance(thing, dict):
-        return iter(list(thing.values()))
+        return iter([value for _, value in items_of(thing)])
     return iter(thing if isinstance(thing, CONTAINERS) else vars(thing).values())
 
 
@@ -73,7 +91,12 @@ def put_back(thing: Any, held: Any) -> None:
         return
     if isinstance(thing, list):
         thing[:] = held
-    elif isinstance(thing, (dict, set)):
+    elif isinstance(thing, dict):
+        kind = _own_kind(thing)
+        kind.clear(thing)
+        for key, value in held.items():
+            kind.__setitem__(thing, key, value)
+    elif isinstance(thing, set):
         thing.clear()
         thing.update(held)
     else:

@@ -39,10 +39,12 @@ from mhc_rewrite.capture.held import (
     PLAIN_TYPES,
     all_names,
     content_of,
+    copy_of,
     generator_state,
     held_by,
     is_plain,
     is_torchs_or_pythons,
+    items_of,
     may_change,
     put_back,
     twin_of,
@@ -254,15 +256,13 @@ class Watch:
         self.visited.add(id(value))
         root, steps = way
         if isinstance(value, (list, dict, set)):
-            # Not by its own class: one may give what is put into it another key.
-            kind = next(kind for kind in (list, dict, set) if isinstance(value, kind))
-            self.before.append((value, kind(value)))
+            self.before.append((value, copy_of(value)))
         if is_plain(value):
             self._record(key, way, copy.deepcopy(value))
         elif isinstance(value, dict):
             if all(isinstance(name, PLAIN_TYPES) for name in value):
                 self._record((id(root), (*steps, ("keys", None))), (root, (*steps, ("keys", None))), tuple(value))
-            for name, item in list(dict.items(value)):  # as held: a class of its own may make what it gives out
+            for name, item in items_of(value):
                 self.note((root, (*steps, ("item", name))), item)
         elif isinstance(value, (tuple, list)):
             self._record((id(root), (*steps, ("len", None))), (root, (*steps, ("len", None))), len(value))

@@ -19,10 +19,9 @@ def projection(phi: Tensor, n: int) -> Tensor:
     """Row j of norm(X) W holds stream j's H_post[j], H_pre[j] and H_res[:, j]: W (C, n + 2) spread over the columns
     [pre | post | res] of (n C, n^2 + 2n), zero wherever a stream has no say."""
     post, pre, res = phi.split([1, 1, n], dim=-1)
-    rows = torch.cat([pre, post, res], dim=-1).unsqueeze(-1)  # one value per row of the (n + 2, n) columns
-    zeros = torch.zeros_like(rows)  # and no other constant: phi may be distributed, which these are then too
-    own = [torch.cat([rows if i == j else zeros for i in range(n)], dim=-1).flatten(1) for j in range(n)]
-    return torch.cat(own)
+    rows = torch.cat([pre, post, res], dim=-1)  # one value per row of the (n + 2, n) columns
+    own = torch.diag(phi.new_ones(n))  # made of phi, which may be distributed: torch.eye would not be
+    return (own[:, None, None, :] * rows[None, :, :, None]).flatten(2).flatten(0, 1)
 
 
 def start(phi: Tensor, alpha: Tensor, bias: Tensor, n: int, index: int) -> None:

@@ -50,7 +50,7 @@ test-long: $(STAMP) ## the tests that the others leave out
 
 # One at a time: each starts processes of its own.
 test-distributed: $(STAMP) ## the tests in several processes, those that `make test` leaves out too
-	$(TEST_ENV) $(BIN)/python -m pytest -n 0 --durations=15 tests/test_distributed*.py $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 0 --durations=15 tests/test_distributed*.py tests/test_pipeline_overlap.py $(PYTEST_ARGS)
 
 test-kernels: $(STAMP) ## Triton: every size, dtype and configuration, interpreted and compiled (many hours)
 	$(TEST_ENV) MHC_WHOLE_GRID=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_kernels_interpreted.py tests/test_kernel_compile.py $(PYTEST_ARGS)

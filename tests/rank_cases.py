@@ -6,7 +6,6 @@ All compare with one process: the same model converted with the same perturbed s
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import tempfile
 import time
@@ -147,7 +146,7 @@ def fsdp_fp32() -> None:
 
 def fsdp_recompute() -> None:
     want_loss, want = in_one(converted())
-    for length, reshard in itertools.product((1, 2, 4, 6, "auto"), (True, False)):
+    for length, reshard in ((1, True), (4, True), (4, False), ("auto", True)):
         model = shard(converted(recompute=length), reshard_after_forward=reshard)
         for _ in range(2):  # the second finds the memory that the first has freed
             model.zero_grad()

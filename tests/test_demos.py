@@ -151,6 +151,7 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
 SMALL = "--layers", "1", "--width", "24", "--length", "8", "--threads", "1"
 
 
+@pytest.mark.long
 def test_compile_and_bench(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     printed = run("compile_and_bench.py", tmp_path, *SMALL, "--rounds", "1", "--no-fresh", "--json", str(figures))

@@ -22,7 +22,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind == "fsdp further" else kind for kind in CASES]
+)
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases", *CASES[kind], folder=tmp_path)
 

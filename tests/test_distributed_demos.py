@@ -34,7 +34,7 @@ def trained(way: str, folder: Path, *arguments: str, world: int = 2) -> tuple[fl
     return float(cell(printed, "loss of the first step")), float(cell(printed, "loss of the last step"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
     first, last = trained("fsdp", tmp_path)
     assert (tmp_path / "checkpoints" / "4" / ".metadata").exists()

@@ -39,6 +39,7 @@ def test_two_processes(tmp_path: Path) -> None:
     ranks.run("rank_cases_recipe", *CASES, folder=tmp_path)
 
 
+@pytest.mark.long
 def test_compilers_fuse_what_they_see(tmp_path: Path) -> None:
     ranks.run("rank_cases_figures", "some_fused_boundaries", folder=tmp_path)
 

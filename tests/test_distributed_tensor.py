@@ -29,7 +29,7 @@ DTENSORS = ["sites_on_dtensors", "results_that_nobody_uses", "kinds_on_dtensors"
 COMPILED = ["trains_in_compiled_layers", "trains_compiled", "trains_by_inductor", "trains_by_mhc"]
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", ["sites", pytest.param("others", marks=pytest.mark.long)])
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases_tensor", *CASES[kind], folder=tmp_path)
 

@@ -24,15 +24,28 @@ def demos() -> Iterator[None]:
     sys.path.remove(str(DEMOS))
 
 
-@pytest.mark.slow
-def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
+def dry_run(folder: Path, *options: str) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The rows of each part, and the log."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    command = [sys.executable, str(DEMOS / "gpu_all.py"), "--out", str(tmp_path / "out"), "--tiny", "--budget", "900"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    command = [sys.executable, str(DEMOS / "gpu_all.py"), "--out", str(folder / "out"), "--tiny", "--budget", "900"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    rows = json.loads((folder / "out" / "gpu.json").read_text())
     of = {part: [row for row in rows if row["part"] == part] for part in {row["part"] for row in rows}}
-    log = (tmp_path / "out" / "log.txt").read_text()
+    return of, (folder / "out" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_dry_run(tmp_path: Path) -> None:
+    of, log = dry_run(tmp_path, "--parts", "checks,times")
+    assert {row["job"]: row["rc"] for row in of["jobs"]} == {"checks:0:1": 0, "times:0:1": 0}, log
+    assert len(of["checks"]) == 8 + 2 and not any(row["wrong"] for row in of["checks"])
+    assert len(of["times"]) == 4 * 8
+
+
+@pytest.mark.long
+def test_a_dry_run_of_every_part(tmp_path: Path) -> None:
+    of, log = dry_run(tmp_path)
     assert {row["job"]: row["rc"] for row in of["jobs"]} == {
         **{f"{part}:0:1": 0 for part in ("checks", "compile", "sweep", "training", "times")},
         "models:0:4": 0,

@@ -71,7 +71,7 @@ def test_who_receives_waits_until_it_is_due() -> None:
     overlap.Message([work], None, due + 1000).wait()  # who sends does not
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dry_run(tmp_path: Path) -> None:
     printed = run("pipeline_overlap.py", tmp_path, "--quick", "--json", "overlap.json")
     assert "4 layers, C = 32, n = 2, 4 microbatches of 1 x 32 tokens" in printed

@@ -25,7 +25,7 @@ from programs import FIRST_TRUNKS, KINDS, LATER_TRUNKS, LIFTS, REGIONS, Program,
 
 TOLERANCE = 1e-9
 PRESERVE = 1e-10
-EXAMPLES, MOST = 50, 110  # of each kind, with repetitions: in `make test`, and in `make test-long`
+EXAMPLES, MOST = 30, 110  # of each kind, with repetitions: in `make test`, and in `make test-long`
 DIFFERENT = 0.65  # of them, at least
 # Shrinking a failing program takes minutes: it is done on demand.
 PHASES = tuple(phase for phase in Phase if phase is not Phase.shrink or "SHRINK" in os.environ)

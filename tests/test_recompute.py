@@ -127,7 +127,7 @@ def test_every_stream_has_its_own_segments() -> None:
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kept_states() -> None:
     """n C elements a token for the first state of every segment but the first, where C come in; nothing else moves."""
     model = blocks(6)
@@ -144,7 +144,7 @@ def test_kept_states() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)), ids=str)
 def test_aten_is_recomputed_as_operators_are(dtype: torch.dtype) -> None:
     """fp64 has no kernels: there the joint graph holds aten. The same states are kept, the numbers are the same."""
     model, x = blocks(2).to(dtype), inputs(dtype=dtype)
@@ -215,7 +215,7 @@ class Checkpointed(Stack):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", (None, 2))
+@pytest.mark.parametrize("recompute", (None, pytest.param(2, marks=pytest.mark.long)))
 @NOT_REPLAYED
 def test_layers_that_the_user_checkpoints(recompute: int | None) -> None:
     torch.manual_seed(0)

@@ -291,7 +291,7 @@ def test_adapters() -> None:
     assert None not in line["figures"]["phi_post_gradient"] and line["loss"] is not None and "notes" not in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_of_its_cost(tmp_path: Path) -> None:
     demo = Path(__file__).parents[1] / "demos" / "watch_cost.py"
     small = "--layers 1 --width 32 --batch 2 --length 16 --rounds 2 --every 2".split()

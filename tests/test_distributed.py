@@ -23,7 +23,11 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind == "fsdp further" else kind for kind in CASES]
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.long) if kind in ("fsdp further", "fsdp in time") else kind
+        for kind in CASES
+    ],
 )
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     ranks.run("rank_cases", *CASES[kind], folder=tmp_path)

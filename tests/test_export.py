@@ -95,7 +95,10 @@ def test_onnx_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 # Of those that are a function tests/test_family.py exports the functions.
-@pytest.mark.parametrize("connection", [*(c for c in CONNECTIONS if not CONNECTIONS[c].function), "tbp"])
+@pytest.mark.parametrize(
+    "connection",
+    [*(c for c in CONNECTIONS if not CONNECTIONS[c].function), pytest.param("tbp", marks=pytest.mark.long)],
+)
 def test_onnx_of_a_model_by_hand(connection: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, other = torch.randn(2, 5, 16), torch.randn(3, 7, 16)

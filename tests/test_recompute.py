@@ -169,7 +169,9 @@ def test_a_changed_option_gets_no_stale_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_the_trunk", (False, True), ids=("in the blocks", "on the trunk"))
+@pytest.mark.parametrize(
+    "on_the_trunk", (pytest.param(False, marks=pytest.mark.long), True), ids=("in the blocks", "on the trunk")
+)
 def test_dropout_has_the_same_mask_again(on_the_trunk: bool) -> None:
     model = blocks(4, dropout=0.3)
     for block in model.layers if on_the_trunk else ():

@@ -170,6 +170,7 @@ def test_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_models_in_processes_of_their_own(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, str(Path(__file__).parent / "sweep.py"), "timm", "transformers", "--only", "test_vit",
